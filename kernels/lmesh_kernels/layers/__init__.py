@@ -1,0 +1,1 @@
+"""Modules over ops; the attention backend is injected."""

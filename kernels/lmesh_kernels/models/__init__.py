@@ -1,0 +1,1 @@
+"""Configs, decoders and their weights."""

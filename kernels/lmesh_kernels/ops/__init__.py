@@ -1,0 +1,1 @@
+"""One operation a file: public function, plain-torch reference, and later the kernels behind it."""
