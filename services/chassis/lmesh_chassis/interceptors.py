@@ -1,0 +1,144 @@
+"""The server chain that every service has: trace context, metrics, error mapping."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import grpc
+
+from lmesh_chassis import logs, tracing
+from lmesh_chassis.errors import InternalError, ServiceError, to_status
+from lmesh_chassis.metrics import RPC_SECONDS, RPCS
+
+_log = logging.getLogger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+
+# Handlers are generic over their messages, which this file never looks into.
+Handler = Any
+Behaviour = Any
+Message = Any
+RpcContext = Any
+
+Around = Callable[[str, RpcContext], AbstractAsyncContextManager[None]]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
+
+
+class AroundInterceptor(grpc.aio.ServerInterceptor):
+    """Runs every handler, of whatever streaming kind, inside `around(method, context)`."""
+
+    def __init__(self, around: Around) -> None:
+        self._around = around
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler:
+        """Wraps the handler; an unknown method stays None and is refused by gRPC."""
+        handler = await continuation(details)
+        return None if handler is None else _wrap(handler, details.method, self._around)
+
+
+def standard_interceptors(domain: str) -> list[grpc.aio.ServerInterceptor]:
+    """Outermost first: metrics see the mapped status, error mapping sees what the handler raised."""
+    return [AroundInterceptor(_traced), AroundInterceptor(_measured), AroundInterceptor(_mapping(domain))]
+
+
+def _wrap(handler: Handler, method: str, around: Around) -> Handler:
+    if handler.response_streaming:
+        behaviour = handler.stream_stream or handler.unary_stream
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        wrapped: Any = _streaming(behaviour, method, around)
+    else:
+        behaviour = handler.stream_unary or handler.unary_unary
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        wrapped = _single(behaviour, method, around)
+    return make(
+        wrapped,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _single(behaviour: Behaviour, method: str, around: Around) -> Behaviour:
+    async def call(request: Message, context: RpcContext) -> Message:
+        async with around(method, context):
+            return await behaviour(request, context)
+
+    return call
+
+
+def _streaming(behaviour: Behaviour, method: str, around: Around) -> Behaviour:
+    async def call(request: Message, context: RpcContext) -> AsyncIterator[Message]:
+        async with around(method, context):
+            responses = behaviour(request, context)
+            if not hasattr(responses, "__aiter__"):  # a coroutine that writes through its context
+                await responses
+                return
+            try:
+                async for response in responses:
+                    yield response
+            finally:
+                # Left early (a cancelled call): the handler's own cleanup runs now, not when the collector comes by.
+                if hasattr(responses, "aclose"):
+                    await responses.aclose()
+
+    return call
+
+
+@asynccontextmanager
+async def _traced(method: str, context: RpcContext) -> AsyncIterator[None]:
+    # Each call is a task of its own, so what is attached to its context needs no detaching.
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    tracing.attach(metadata.get(tracing.TRACEPARENT_KEY, ""))
+    logs.request_id.set(metadata.get(REQUEST_ID_KEY, ""))
+    yield
+
+
+@asynccontextmanager
+async def _measured(method: str, context: RpcContext) -> AsyncIterator[None]:
+    started = time.monotonic()
+    cancelled = True
+    try:
+        yield
+        cancelled = False
+    except Exception:
+        cancelled = False
+        raise
+    finally:
+        RPCS.labels(method=method, code="CANCELLED" if cancelled else _code_name(context.code())).inc()
+        RPC_SECONDS.labels(method=method).observe(time.monotonic() - started)
+
+
+def _code_name(code: grpc.StatusCode | int | None) -> str:
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return next((known.name for known in grpc.StatusCode if known.value[0] == (code or 0)), "UNKNOWN")
+
+
+def _mapping(domain: str) -> Around:
+    @asynccontextmanager
+    async def mapped(method: str, context: RpcContext) -> AsyncIterator[None]:
+        try:
+            yield
+        except ServiceError as error:
+            await context.abort_with_status(to_status(error, domain))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the process edge: gRPC would send the exception's text
+            await context.abort_with_status(to_status(internal_error(error, method), domain))
+
+    return mapped
+
+
+def internal_error(error: Exception, where: str) -> InternalError:
+    """Logs an unforeseen exception under a fresh id and returns what a caller may know of it."""
+    error_id = uuid.uuid4().hex
+    _log.error("internal error", extra={"error_id": error_id, "where": where}, exc_info=error)
+    return InternalError(f"internal error; quote error id {error_id}", metadata={"error_id": error_id})

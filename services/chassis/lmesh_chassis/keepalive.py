@@ -1,0 +1,39 @@
+"""HTTP/2 settings that both ends of a link must agree on: pings that keep a quiet stream alive, and message size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# 128 k ids with prompt log-probabilities pass gRPC's default of 4 MiB; a prefill chunk's share stays well below this.
+DEFAULT_MAX_MESSAGE_BYTES = 16 * 2**20
+
+Options = list[tuple[str, int | str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keepalive:
+    """How often a quiet connection is pinged, and how long the answer may take before it is given up."""
+
+    time_s: float = 20.0
+    timeout_s: float = 10.0
+
+
+def link_options(keepalive: Keepalive, max_message_bytes: int) -> Options:
+    """Options for a server and for a channel alike."""
+    return [
+        ("grpc.keepalive_time_ms", round(keepalive.time_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(keepalive.timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # 0: without limit, a stream may be quiet for hours
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+    ]
+
+
+def server_options(keepalive: Keepalive, max_message_bytes: int) -> Options:
+    """Options for a server: it must not punish a client for pinging a quiet stream."""
+    return [
+        *link_options(keepalive, max_message_bytes),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
