@@ -1,0 +1,83 @@
+"""Self-attention of one layer, and the paged backend that is injected into it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.layers.linear import Linear
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.ops.attention_plan import AttentionPlan, plan_attention
+from lmesh_kernels.ops.paged_attention import paged_attention
+from lmesh_kernels.ops.rope_kv import rope_kv
+
+
+class PagedAttention:
+    """Attention over a paged KV cache; one engine's, used by all layers of its model."""
+
+    def __init__(self, kv: KVCache) -> None:
+        self.kv = kv
+        self._plan: AttentionPlan | None = None
+
+    def prepare(self, batch: PagedBatch, dtype: torch.dtype) -> None:
+        """Cut the step up once; every layer's `attend` uses it. The decoder's forward calls this first."""
+        keys, _ = self.kv.layer(0)
+        token_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.dtype.itemsize
+        self._plan = plan_attention(batch, block_size=self.kv.block_size, token_bytes=token_bytes, dtype=dtype)
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rotation: Tensor,
+        batch: PagedBatch,
+        *,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Write all of the step's K and V of this layer, then attend: sequences may read each other's new blocks.
+
+        qkv [T, (heads + 2 * kv_heads) * head_dim], rotation [T, head_dim]; returns [T, heads * head_dim].
+        """
+        keys, values = self.kv.layer(layer)
+        q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
+        return paged_attention(q, keys, values, batch, scale=q.shape[-1] ** -0.5, plan=self._plan).flatten(1)
+
+
+class HeadNorm(nn.Module):
+    """Weights of the norm over each head of q or k."""
+
+    weight: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(head_dim, device="meta"))
+
+
+class SelfAttention(nn.Module):
+    """Fused qkv projection, the injected backend, and the output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.eps = config.rms_norm_eps
+        self.qkv = Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.attention_bias)
+        self.out = Linear(config.q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else None
+        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotation: Tensor, batch: PagedBatch, attention: PagedAttention) -> Tensor:
+        """x [T, hidden], rotation [T, head_dim]; returns [T, hidden]."""
+        attended = attention.attend(
+            self.layer,
+            self.qkv.forward(x),
+            rotation,
+            batch,
+            q_norm=self.q_norm.weight if self.q_norm is not None else None,
+            k_norm=self.k_norm.weight if self.k_norm is not None else None,
+            eps=self.eps,
+        )
+        return self.out.forward(attended)

@@ -1,0 +1,24 @@
+"""A projection whose weights are buffers: filled in place when a model loads, and never by gradient here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Linear(nn.Module):
+    """y = x @ weight.T + bias; fused projections are one of these with their parts stacked by rows."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        # Shapes only: the decoder lays all slots out in one allocation.
+        self.register_buffer("weight", torch.empty(outputs, inputs, device="meta"))
+        self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, inputs]; returns [T, outputs]."""
+        return linear(x, self.weight, self.bias)

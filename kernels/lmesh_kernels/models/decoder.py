@@ -1,0 +1,84 @@
+"""One decoder for every supported family: what differs between them is in `ModelConfig`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmesh_kernels.layers.attention import PagedAttention, SelfAttention
+from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.layers.mlp import MLP
+from lmesh_kernels.layers.norm import RMSNorm
+from lmesh_kernels.models.arena import lay_out
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.ops.embedding import embed, vocabulary_logits
+from lmesh_kernels.ops.rope import rope_table
+
+
+class Vocabulary(nn.Module):
+    """A vocabulary matrix [vocab, hidden]."""
+
+    weight: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(config.vocab_size, config.hidden_size, device="meta"))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP on a residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = SelfAttention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: Tensor, batch: PagedBatch, attention: PagedAttention
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (this layer's last addition [T, hidden], the residual stream before it)."""
+        normed, residual = self.attention_norm.forward(x, residual)
+        attended = self.attention.forward(normed, rotation, batch, attention)
+        normed, residual = self.mlp_norm.forward(attended, residual)
+        return self.mlp.forward(normed), residual
+
+
+class Decoder(nn.Module):
+    """A causal language model for inference; weights are uninitialised until `models.weights` fills them.
+
+    All weights are buffers, views into one allocation (`arena`) whose addresses never change.
+    """
+
+    rotations: Tensor
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embedding = Vocabulary(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else Vocabulary(config)
+        self.arena = lay_out(self, dtype, device)
+        table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
+        self.register_buffer("rotations", table.to(device), persistent=False)
+
+    def forward(self, batch: PagedBatch, attention: PagedAttention) -> Tensor:
+        """Run one step's tokens, writing their K and V into the attention's cache.
+
+        Returns [T, hidden] after the last norm; `logits` takes the rows of it that are wanted.
+        """
+        attention.prepare(batch, self.dtype)
+        rotation = self.rotations.index_select(0, batch.positions)
+        x = embed(batch.ids, self.embedding.weight)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rotation, batch, attention)
+        return self.norm.forward(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, vocab] float32 of the rows asked for, hidden [R, hidden]."""
+        head = self.embedding if self.head is None else self.head
+        return vocabulary_logits(hidden, head.weight)

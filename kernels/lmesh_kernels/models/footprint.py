@@ -1,0 +1,52 @@
+"""What a model takes of a device's memory, known before anything is allocated: lines of the memory plan."""
+
+from __future__ import annotations
+
+import torch
+
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.ops.attention_plan import CPU_GROUP_BYTES, DEVICE_GROUP_BYTES, PIECE_ROWS
+
+
+def parameter_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weight arena and of the rotation table."""
+    # Laid out on the meta device by the same code, so the two cannot disagree.
+    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"))
+    return shapes.arena.numel() * dtype.itemsize + shapes.rotations.numel() * shapes.rotations.dtype.itemsize
+
+
+def activation_bytes(
+    config: ModelConfig, max_tokens: int, max_seqs: int, dtype: torch.dtype, *, device_type: str = "cpu"
+) -> int:
+    """Most bytes a step of max_tokens tokens and max_seqs sequences holds at once, sampling included.
+
+    An upper bound: the largest moment of a layer, the logits and their sort, and attention's gathered blocks.
+    """
+    return max(
+        _layer_bytes(config, max_tokens, dtype) + _attention_bytes(config, max_tokens, dtype, device_type),
+        max_tokens * config.hidden_size * dtype.itemsize + _sampling_bytes(config, max_seqs, dtype),
+    )
+
+
+def _layer_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> int:
+    """The residual stream with its float32 temporaries, and the wider of the attention's and the MLP's insides."""
+    hidden = config.hidden_size * (3 * dtype.itemsize + 3 * 4)
+    # qkv; the float32 halves, products and result of rotating q and k; attention's output and its copy.
+    attention = (2 * config.q_size + 2 * config.kv_size) * dtype.itemsize * 2 + (config.q_size + config.kv_size) * 4 * 4
+    mlp = 3 * config.intermediate_size * dtype.itemsize
+    rotation = config.head_dim * 4
+    return max_tokens * (hidden + max(attention, mlp) + rotation)
+
+
+def _attention_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype, device_type: str) -> int:
+    """Gathered K and V of the longest sequence, or of one group of decodes, and the mask of one piece."""
+    longest = 2 * config.max_position_embeddings * config.kv_size * dtype.itemsize
+    group = CPU_GROUP_BYTES if device_type == "cpu" else DEVICE_GROUP_BYTES
+    mask = min(max_tokens, PIECE_ROWS) * config.max_position_embeddings * dtype.itemsize
+    return max(longest, group) + mask
+
+
+def _sampling_bytes(config: ModelConfig, max_seqs: int, dtype: torch.dtype) -> int:
+    """Logits in the model's dtype and in float32, tempered, sorted with indices, their mass, and the noise."""
+    return max_seqs * config.vocab_size * (dtype.itemsize + 4 * 7 + 8)

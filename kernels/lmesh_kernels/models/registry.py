@@ -1,0 +1,36 @@
+"""From a model's files to a decoder with its weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmesh_kernels.models.config import ModelConfig, load_config
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.weights import bind, read_safetensors
+
+if TYPE_CHECKING:
+    from lmesh_kernels.text.resolve import ModelFiles
+
+
+def load_model(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, tensor by tensor.
+
+    Raises UnsupportedModelError for what is not computed here and WeightsError for a checkpoint that does not fit.
+    """
+    config = load_config(files)
+    decoder = Decoder(config, dtype=dtype, device=device).eval()
+    bind(decoder, read_tensors(files, config))
+    return decoder
+
+
+def read_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors under Hugging Face names, one at a time."""
+    if files.format == "gguf":
+        from lmesh_kernels.models.gguf import read_gguf
+
+        return read_gguf(files.path, config)
+    return read_safetensors(files.path)

@@ -1,0 +1,26 @@
+"""The two uses of the vocabulary matrix: ids to vectors and vectors to logits."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, D] for ids [T] int64; returns [T, D]."""
+    return embed_reference(ids, weight)
+
+
+def embed_reference(ids: Tensor, weight: Tensor) -> Tensor:
+    """As `embed`, in plain torch."""
+    return weight.index_select(0, ids)
+
+
+def vocabulary_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [R, D] times weight [V, D]; returns float32 logits [R, V]."""
+    return vocabulary_logits_reference(hidden, weight)
+
+
+def vocabulary_logits_reference(hidden: Tensor, weight: Tensor) -> Tensor:
+    """As `vocabulary_logits`, in plain torch: the product in the weights' dtype, then widened."""
+    return F.linear(hidden, weight).float()
