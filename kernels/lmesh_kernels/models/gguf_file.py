@@ -9,7 +9,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -19,6 +19,7 @@ from lmesh_kernels.models.config import UnsupportedModelError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # little-endian, 64-bit counts
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -43,7 +44,7 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    data: np.ndarray[Any, np.dtype[np.uint8]]
+    data: Bytes
 
     def floats(self) -> Floats:
         """The values in float32, a new array. Raises UnsupportedModelError for a type that cannot be unfolded."""
@@ -60,8 +61,8 @@ class GgufTensor:
 class _Cursor:
     """Reads values one after the other from the mapped bytes."""
 
-    def __init__(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        self.view = memoryview(data)
+    def __init__(self, data: Bytes) -> None:
+        self.view = memoryview(data.data)
         self.offset = 0
 
     def take(self, form: str) -> Any:  # noqa: ANN401 - of the format's type
@@ -104,10 +105,12 @@ class GgufFile:
             raise UnsupportedModelError("NOT_GGUF", f"{path} is not a GGUF file")
         try:
             self._read(_Cursor(data), data)
-        except (struct.error, UnicodeDecodeError, KeyError) as error:
+        except UnsupportedModelError:
+            raise
+        except (struct.error, ValueError, KeyError) as error:
             raise UnsupportedModelError("BROKEN_GGUF", f"{path} is cut short or damaged: {error}") from error
 
-    def _read(self, cursor: _Cursor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _read(self, cursor: _Cursor, data: Bytes) -> None:
         cursor.offset = len(MAGIC)
         version = cursor.take("<I")
         if version not in VERSIONS:
@@ -120,22 +123,28 @@ class GgufFile:
         infos = [_tensor_info(cursor) for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         start = -(-cursor.offset // alignment) * alignment
-        self.tensors = {name: _tensor(data, start, name, *info) for name, *info in infos}
+        self.tensors = {info.name: _tensor(data, start, info) for info in infos}
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """(name, shape with rows first, type number, offset into the data)."""
+class _TensorInfo(NamedTuple):
+    """A tensor's entry in the header; the offset counts from the data's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def _tensor_info(cursor: _Cursor) -> _TensorInfo:
     name = cursor.text()
     dims = [cursor.take("<Q") for _ in range(cursor.take("<I"))]
-    return name, tuple(reversed(dims)), cursor.take("<I"), cursor.take("<Q")
+    return _TensorInfo(name, tuple(reversed(dims)), cursor.take("<I"), cursor.take("<Q"))
 
 
-def _tensor(
-    data: np.ndarray[Any, np.dtype[np.uint8]], start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
-) -> GgufTensor:
-    quantisation = GGMLQuantizationType(kind)
-    stored = quant_shape_to_byte_shape(shape, quantisation)
-    first, size = start + offset, math.prod(stored)
+def _tensor(data: Bytes, start: int, info: _TensorInfo) -> GgufTensor:
+    kind = GGMLQuantizationType(info.kind)
+    stored = quant_shape_to_byte_shape(info.shape, kind)
+    first, size = start + info.offset, math.prod(stored)
     if first + size > data.size:
-        raise UnsupportedModelError("BROKEN_GGUF", f"tensor {name} reaches past the end of the file")
-    return GgufTensor(name=name, shape=shape, kind=quantisation, data=data[first : first + size].reshape(stored))
+        raise UnsupportedModelError("BROKEN_GGUF", f"tensor {info.name} reaches past the end of the file")
+    return GgufTensor(name=info.name, shape=info.shape, kind=kind, data=data[first : first + size].reshape(stored))
