@@ -1,0 +1,55 @@
+"""Digests of a model's files: what its weights and its text handling are, by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from lmesh_kernels.text.resolve import ModelFiles, cache_folder
+
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+WEIGHT_PATTERNS = ("config.json", "*.safetensors")
+
+
+def model_digest(files: ModelFiles) -> str:
+    """Digest of configuration and weights, 64 hex digits."""
+    if files.format == "gguf":
+        return _combined([files.path])
+    return _combined([p for pattern in WEIGHT_PATTERNS for p in sorted(files.path.glob(pattern))])
+
+
+def text_digest(files: ModelFiles) -> str:
+    """Digest of everything that turns text into ids and back, 64 hex digits."""
+    if files.format == "gguf":
+        return _combined([files.path])  # one file holds both
+    return _combined([files.path / name for name in TEXT_FILES if (files.path / name).is_file()])
+
+
+def _combined(paths: list[Path]) -> str:
+    lines = "".join(f"{path.name}\0{file_digest(path)}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, remembered by (path, size, modification time): a large model is read once."""
+    real = path.resolve()
+    stat = real.stat()
+    stamp = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    note = cache_folder() / "digests" / f"{hashlib.sha256(stamp.encode()).hexdigest()}.json"
+    if note.is_file():
+        return str(json.loads(note.read_text())["sha256"])
+    with real.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    part = note.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({"path": str(real), "sha256": digest}))
+    part.replace(note)
+    return digest

@@ -1,0 +1,116 @@
+"""Renders templates in helper processes that can be killed: a template that loops harms nobody but itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+import sys
+from asyncio.subprocess import PIPE, Process
+from typing import Any
+
+from lmesh_kernels.text.template import Messages, TemplateError
+
+_LENGTH = struct.Struct("<I")
+
+
+class TemplateSandbox:
+    """A few processes, each rendering one template at a time within `timeout_s` and `memory_bytes`.
+
+    A process that overruns is killed and replaced by the next call that needs it. Processes are started on demand
+    and end with this one, however it ends.
+    """
+
+    def __init__(self, *, processes: int = 2, timeout_s: float = 2.0, memory_bytes: int = 512 << 20) -> None:
+        self._timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
+        self._slots: asyncio.Queue[Process | None] = asyncio.Queue()
+        for _ in range(processes):
+            self._slots.put_nowait(None)
+        self._closed = False
+
+    async def render(
+        self,
+        template: str,
+        *,
+        messages: Messages,
+        add_generation_prompt: bool,
+        special_tokens: dict[str, str],
+        tools: list[dict[str, Any]] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> str:
+        """As `template.render`; besides its errors TemplateError TEMPLATE_TIMEOUT when the time is up."""
+        job = {
+            "template": template,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "special_tokens": special_tokens,
+            "tools": tools,
+            "extra": extra,
+        }
+        return _result(await self._run(json.dumps(job).encode()))
+
+    async def _run(self, frame: bytes) -> dict[str, str]:
+        process = await self._slots.get()
+        try:
+            if process is None or process.returncode is not None:
+                process = await self._spawn()
+            # Starting is not the template's time: the helper says when it is ready.
+            return dict(json.loads(await asyncio.wait_for(_exchange(process, frame), self._timeout_s)))
+        except TimeoutError as error:
+            await _kill(process)
+            process = None
+            message = f"the chat template did not end within {self._timeout_s:g} s"
+            raise TemplateError("TEMPLATE_TIMEOUT", message) from error
+        except (EOFError, ConnectionError) as error:
+            await _kill(process)
+            process = None
+            raise TemplateError("TEMPLATE_FAILED", "the chat template needs too much memory") from error
+        except asyncio.CancelledError:
+            await _kill(process)  # half an exchange would answer the next caller
+            process = None
+            raise
+        finally:
+            await self._put_back(process)
+
+    async def _put_back(self, process: Process | None) -> None:
+        if self._closed:
+            await _kill(process)
+            process = None
+        self._slots.put_nowait(process)
+
+    async def _spawn(self) -> Process:
+        module = ["-P", "-m", "lmesh_kernels.text.render_process", str(self._memory_bytes)]
+        process = await asyncio.create_subprocess_exec(sys.executable, *module, stdin=PIPE, stdout=PIPE)
+        assert process.stdout is not None
+        await process.stdout.readexactly(1)
+        return process
+
+    async def close(self) -> None:
+        """Ends the idle helpers; one that is rendering ends when it has answered."""
+        self._closed = True
+        for _ in range(self._slots.qsize()):
+            await _kill(self._slots.get_nowait())
+            self._slots.put_nowait(None)
+
+
+def _result(answer: dict[str, str]) -> str:
+    if "reason" in answer:
+        raise TemplateError(answer["reason"], answer["message"])
+    return answer["text"]
+
+
+async def _exchange(process: Process, frame: bytes) -> bytes:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(_LENGTH.pack(len(frame)) + frame)
+    await process.stdin.drain()
+    (length,) = _LENGTH.unpack(await process.stdout.readexactly(4))
+    return await process.stdout.readexactly(length)
+
+
+async def _kill(process: Process | None) -> None:
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
