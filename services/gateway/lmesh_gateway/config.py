@@ -1,0 +1,29 @@
+"""The gateway's settings: LMESH_GATEWAY_* variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmesh_chassis.settings import ChassisSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewaySettings(ChassisSettings):
+    """Settings of one gateway; `processes` copies of it share the two addresses."""
+
+    grpc_address: str = "127.0.0.1:50051"
+    http_address: str = "127.0.0.1:8000"
+    scheduler: str = "127.0.0.1:50052"
+    processes: int = 1
+    max_body_bytes: int = 8 * 2**20  # largest request, gRPC message or HTTP body
+    default_deadline_s: float = 600.0  # of a request whose client set none; also the longest that a client may set
+    default_queue_timeout_s: float = 60.0  # longest wait for a worker unless the request says less
+    tokenizer_threads: int = 2
+    template_processes: int = 2
+    template_timeout_s: float = 2.0
+    run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
+
+    def __post_init__(self) -> None:
+        """Checks across fields; ValueError stops the boot."""
+        if self.processes < 1 or self.tokenizer_threads < 1 or self.template_processes < 1:
+            raise ValueError("processes, tokenizer_threads and template_processes must be at least 1")

@@ -1,0 +1,172 @@
+"""Every error of the gateway: gRPC code, reason, and whether trying again can help."""
+
+from __future__ import annotations
+
+from grpc import StatusCode
+from lmesh_chassis.errors import DrainingError, InternalError, InvalidArgumentError, ServiceError
+
+DOMAIN = "lmesh.inference"
+
+__all__ = [
+    "DOMAIN",
+    "CancelledError",
+    "ContextLengthExceededError",
+    "DeadlineExceededError",
+    "DrainingError",
+    "DuplicateRequestIdError",
+    "InternalError",
+    "InvalidArgumentError",
+    "ModelLoadingError",
+    "ModelNotFoundError",
+    "ModelUnusableError",
+    "NoChatTemplateError",
+    "NoWorkerError",
+    "QueueFullError",
+    "QueueTimeoutError",
+    "RequestEndedError",
+    "RequestNotFoundError",
+    "RequestTooLargeError",
+    "SchedulerUnavailableError",
+    "ServiceError",
+    "TemplateFailedError",
+    "TemplateTimeoutError",
+    "WorkerFailedError",
+    "WorkerLostError",
+]
+
+
+class ContextLengthExceededError(InvalidArgumentError):
+    """Prompt and output do not fit the model's context; metadata holds prompt_tokens, max_tokens, max_model_len."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class NoChatTemplateError(InvalidArgumentError):
+    """A conversation for a model that has no chat template."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "NO_CHAT_TEMPLATE"
+
+
+class TemplateFailedError(InvalidArgumentError):
+    """The model's chat template refused these messages."""
+
+    reason = "TEMPLATE_FAILED"
+
+
+class TemplateTimeoutError(ServiceError):
+    """The model's chat template did not end in time."""
+
+    code = StatusCode.INVALID_ARGUMENT
+    reason = "TEMPLATE_TIMEOUT"
+
+
+class RequestTooLargeError(ServiceError):
+    """The request message is larger than this gateway takes."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_TOO_LARGE"
+
+
+class DuplicateRequestIdError(ServiceError):
+    """The request id is in use, or was in use lately."""
+
+    code = StatusCode.ALREADY_EXISTS
+    reason = "DUPLICATE_REQUEST_ID"
+
+
+class ModelNotFoundError(ServiceError):
+    """No worker serves a model of that id."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelLoadingError(ServiceError):
+    """Workers serve the model, and this gateway is still loading its tokenizer."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "MODEL_LOADING"
+    retryable = True
+
+
+class ModelUnusableError(ServiceError):
+    """Workers serve the model, and its tokenizer cannot be loaded here, or is not the workers' one."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_UNUSABLE"
+
+
+class QueueFullError(ServiceError):
+    """The mesh has as many requests waiting as it admits."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+    retryable = True
+
+
+class NoWorkerError(ServiceError):
+    """No worker can take the request now."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "NO_WORKER"
+    retryable = True
+
+
+class SchedulerUnavailableError(ServiceError):
+    """This gateway has no scheduler now, or lost it before the request was admitted."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "SCHEDULER_UNAVAILABLE"
+    retryable = True
+
+
+class WorkerLostError(ServiceError):
+    """The worker that ran the request is gone."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "WORKER_LOST"
+    retryable = True
+
+
+class WorkerFailedError(ServiceError):
+    """The worker ended the request with an error; metadata `worker_reason` says which."""
+
+    code = StatusCode.INTERNAL
+    reason = "WORKER_FAILED"
+
+
+class DeadlineExceededError(ServiceError):
+    """The request's deadline passed."""
+
+    code = StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class QueueTimeoutError(ServiceError):
+    """No worker took the request within its queue timeout or deadline."""
+
+    code = StatusCode.DEADLINE_EXCEEDED
+    reason = "QUEUE_TIMEOUT"
+    retryable = True
+
+
+class CancelledError(ServiceError):
+    """The request was cancelled by a Cancel call."""
+
+    code = StatusCode.CANCELLED
+    reason = "CANCELLED"
+
+
+class RequestNotFoundError(ServiceError):
+    """No request of that id is known."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "REQUEST_NOT_FOUND"
+
+
+class RequestEndedError(ServiceError):
+    """The request has already ended."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "REQUEST_ENDED"

@@ -1,0 +1,198 @@
+"""What the gateway's faces (gRPC and HTTP) and its core say to each other: requests, events, served models.
+
+Everything here is a plain value; no protobuf, no HTTP. Failures travel as `lmesh_gateway.errors` (ServiceErrors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from lmesh_kernels.text.generation import GenerationDefaults
+from lmesh_kernels.text.tokenizer import TextTokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPrompt:
+    """Plain text; tokenized with the model's special tokens (one BOS where it has one)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrompt:
+    """Token ids, used exactly as given."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A conversation for the model's chat template; each message has at least `role` and `content`."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    add_generation_prompt: bool = True
+
+
+Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to pick tokens. None takes the model's default, then the neutral value; a missing seed is drawn."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRules:
+    """When to stop. `max_tokens` None is what the context leaves; stop strings are not part of the text."""
+
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What to return besides text. The log-probability counts are alternatives a token; 0 gives the chosen ones alone."""
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    keep_special_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request, not yet validated. `deadline_s` bounds the whole, `queue_timeout_s` the wait for a worker."""
+
+    model: str
+    prompt: Prompt
+    request_id: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stops: StopRules = field(default_factory=StopRules)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    deadline_s: float | None = None
+    queue_timeout_s: float | None = None
+    tenant: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """One token's natural log-probability, of the model's distribution before temperature and truncation."""
+
+    id: int
+    logprob: float
+    text: str
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """A token and its best alternatives, best first; `top` holds the token itself if it is among them."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """First event: tokenized, and admitted by the scheduler. `created` is Unix time in seconds."""
+
+    request_id: str
+    model: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    created: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New output of one choice, as much of it as came since the last one.
+
+    `text` never holds part of a character and may lag behind `token_ids`; `logprobs` has one entry an id where asked
+    for. `prompt_logprobs` comes once, in the first Delta of choice 0, with one entry for each prompt id but the first.
+    """
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceEnd:
+    """A choice is complete; nothing more comes of it. `stop_string` or `stop_token_id` say what ended it."""
+
+    choice: int
+    reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of the whole call; `completion_tokens` over all choices, up to and with each one's stop."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Last event: every choice's end in order of choice, and the counts."""
+
+    choices: tuple[ChoiceEnd, ...]
+    usage: Usage
+
+
+Event: TypeAlias = Accepted | Delta | ChoiceEnd | Finish
+
+
+class Generator(Protocol):
+    """Runs requests on the mesh."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        """Yields Accepted, then Deltas and one ChoiceEnd a choice (its last event), then Finish.
+
+        Nothing happens before the first `anext`. Closing the iterator (`aclose`, or cancelling the task that awaits
+        it) cancels the request. Any failure is raised as a ServiceError; what was yielded before it stays valid.
+        A slow reader gets fewer, larger Deltas, and keeps nobody else waiting.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that some worker serves now and whose tokenizer is loaded here. `created` is Unix time in seconds."""
+
+    id: str
+    digest: str
+    max_model_len: int
+    created: float
+    workers: int
+    tokenizer: TextTokenizer
+    defaults: GenerationDefaults
+
+
+class ModelDirectory(Protocol):
+    """The models that can be asked for now."""
+
+    def list(self) -> list[ServedModel]:
+        """All of them, by id."""
+        ...
+
+    def get(self, model: str) -> ServedModel:
+        """The model of that id; raises ModelNotFoundError, or ModelLoadingError while its tokenizer is being loaded."""
+        ...
