@@ -75,6 +75,10 @@ class GrpcServer:
         for name in ("", *self._names):
             self._health.set(name, serving)
 
+    def stop_serving(self) -> None:
+        """Everything is NOT_SERVING from here on, for good; health watches hear it and end. Calls go on."""
+        self._health.close()
+
     def serving(self, name: str = "") -> bool:
         """Whether health says SERVING for `name`."""
         return self._health.serving(name)
