@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lmesh_kernels.ops.noise import gumbel, row_keys
 
+# A nucleus is looked for among so many best ids before a row is sorted whole; real models' rarely need more.
+NUCLEUS_WIDTH = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleHints:
@@ -55,9 +58,9 @@ def sample(
     if not hints.any_random:
         return logits.argmax(dim=-1)
     if logits.device.type == "cpu":
-        return _sample_rows(logits, temperature, top_p, top_k, row_keys(seed, choice, position))
+        return _sample_cheaply(logits, temperature, top_p, top_k, row_keys(seed, choice, position))
     if not hints.any_truncation:
-        return _sample_all(logits, temperature, row_keys(seed, choice, position))
+        return _pick(logits, _tempered(logits, temperature), temperature, row_keys(seed, choice, position))
     return sample_reference(logits, temperature, top_p, top_k, seed, choice, position)
 
 
@@ -77,22 +80,27 @@ def sample_reference(
 
 def truncate_reference(scores: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """Scores [R, V] with what top_k and top_p leave out at -inf, by a full sort."""
-    ordered = scores.sort(dim=-1, descending=True).values
-    return scores.masked_fill(scores < _threshold(ordered, top_p, top_k), -torch.inf)
+    threshold, _ = _threshold(scores, scores.sort(dim=-1, descending=True).values, top_p, top_k)
+    return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def _threshold(ordered: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """[R, 1]: the least score kept, from scores in descending order [R, N], N at least each row's top_k."""
-    width = ordered.shape[-1]
-    k = torch.where(top_k > 0, top_k.long().clamp(max=width), width)[:, None]
-    kth = ordered.gather(1, k - 1)
-    kept = ordered.masked_fill(ordered < kth, -torch.inf)
-    mass = torch.softmax(kept, dim=-1)
-    before = mass.cumsum(dim=-1) - mass
-    # The first id is always kept; one is needed while the mass before it is short of p.
-    count = (before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
-    nucleus = kept.gather(1, count - 1)
-    return torch.where(top_p[:, None] < 1, torch.maximum(kth, nucleus), kth)
+def _threshold(scores: Tensor, best: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The least score kept of each row [R, 1], and whether the best scores were enough to know it [R] bool.
+
+    scores [R, V]; best [R, N]: each row's N largest in descending order, N at least min(V, any top_k).
+    """
+    width = best.shape[-1]
+    rank = top_k.long().clamp(min=1, max=width)[:, None]
+    kth = torch.where(top_k[:, None] > 0, best.gather(1, rank - 1), -torch.inf)
+    total = scores.masked_fill(scores < kth, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    mass = (best - total).exp_().masked_fill_(best < kth, 0.0)
+    reached = mass.cumsum(dim=-1)
+    # An id is needed while the mass before it is short of p; the first is always kept.
+    needed = ((reached - mass < top_p[:, None]) & (best >= kth)).sum(dim=-1, keepdim=True).clamp_(min=1)
+    nucleus = torch.maximum(kth, best.gather(1, needed - 1))
+    off = top_p[:, None] >= 1
+    enough = off | (reached[:, -1:] >= top_p[:, None]) | (best[:, -1:] <= kth) | (width == scores.shape[-1])
+    return torch.where(off, kth, nucleus), enough[:, 0]
 
 
 def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -107,41 +115,45 @@ def _pick(logits: Tensor, scores: Tensor, temperature: Tensor, keys: Tensor) -> 
     return torch.where(temperature > 0, drawn, logits.argmax(dim=-1))
 
 
-def _sample_all(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    return _pick(logits, _tempered(logits, temperature), temperature, keys)
+def _sample_cheaply(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, keys: Tensor) -> Tensor:
+    """Each kind of row by its cheapest way: argmax; noise over all ids; noise over the ids truncation leaves.
 
-
-def _sample_rows(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, keys: Tensor) -> Tensor:
-    """Each kind of row by its cheapest way: argmax; noise over all ids; noise over the ids truncation leaves."""
+    Asks the tensors which rows are which, so it is for tensors on the host.
+    """
     out = logits.argmax(dim=-1)
+    truncated = (top_p < 1) | (top_k > 0)
+    rows = ((temperature > 0) & truncated).nonzero()[:, 0]
+    if len(rows):
+        scores = _tempered(logits[rows], temperature[rows])
+        out[rows] = _draw_truncated(scores, top_p[rows], top_k[rows], keys[rows])
     vocabulary = torch.arange(logits.shape[-1], dtype=torch.int32)
-    random = (temperature > 0).tolist()
-    # Row by row: a row's floats and hash bits stay in the core's cache, a batch of them does not.
-    for row, (is_random, p, k) in enumerate(zip(random, top_p.tolist(), top_k.tolist(), strict=True)):
-        if not is_random:
-            continue
-        scores = (logits[row] - logits[row, out[row]]) / temperature[row]
-        if p >= 1 and k <= 0:
-            out[row] = (gumbel(keys[row : row + 1], vocabulary)[0].add_(scores)).argmax()
-        else:
-            out[row] = _draw_truncated(scores, top_p[row : row + 1], top_k[row : row + 1], k, keys[row : row + 1])
+    # Row by row: a row's scores and hash bits stay in the core's cache, a batch of them does not.
+    for row in ((temperature > 0) & ~truncated).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        out[one] = _tempered(logits[one], temperature[one]).add_(gumbel(keys[one], vocabulary)).argmax(dim=-1)
     return out
 
 
-def _draw_truncated(scores: Tensor, top_p: Tensor, top_k: Tensor, k: int, keys: Tensor) -> Tensor:
-    """One row [V]: find the threshold, then draw noise only for ids above it."""
+def _draw_truncated(scores: Tensor, top_p: Tensor, top_k: Tensor, keys: Tensor) -> Tensor:
+    """[n] ids of n rows [n, V]: find the thresholds from the best scores, then noise only for what is above them."""
     size = scores.shape[-1]
-    ordered = scores.topk(k).values if 0 < k < size else scores.sort(descending=True).values
-    threshold = _threshold_with_ties(scores, ordered, top_p, top_k)
-    ids = (scores >= threshold).nonzero()[:, 0]
-    noisy = gumbel(keys, ids.to(torch.int32))[0] + scores[ids]
-    return ids[noisy.argmax()]
+    width = min(size, max(NUCLEUS_WIDTH, int(top_k.max())))
+    threshold, enough = _threshold(scores, scores.topk(width).values, top_p, top_k)
+    flat = (~enough).nonzero()[:, 0]
+    if len(flat):
+        ordered = scores[flat].sort(dim=-1, descending=True).values
+        threshold[flat], _ = _threshold(scores[flat], ordered, top_p[flat], top_k[flat])
+    return _draw_above(scores, threshold, keys)
 
 
-def _threshold_with_ties(scores: Tensor, ordered: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """The threshold from the k best; ids that tie with the k-th join them first, as they do in a full sort."""
-    kth = ordered[-1]
-    ties = int((scores == kth).sum()) - int((ordered == kth).sum())
-    if ties:
-        ordered = torch.cat([ordered, kth.expand(ties)])
-    return _threshold(ordered[None], top_p, torch.zeros_like(top_k))[0, 0]
+def _draw_above(scores: Tensor, threshold: Tensor, keys: Tensor) -> Tensor:
+    """[n] ids drawn from what reaches each row's threshold, the candidates packed to the left."""
+    rows, ids = (scores >= threshold).nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=scores.shape[0])
+    column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    candidates = torch.zeros(scores.shape[0], int(counts.max()), dtype=torch.int64)
+    candidates[rows, column] = ids
+    noisy = gumbel(keys, candidates.to(torch.int32)).add_(scores.gather(1, candidates))
+    unused = torch.arange(candidates.shape[1]) >= counts[:, None]
+    chosen = noisy.masked_fill_(unused, -torch.inf).argmax(dim=-1, keepdim=True)
+    return candidates.gather(1, chosen)[:, 0]
