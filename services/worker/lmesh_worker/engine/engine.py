@@ -1,0 +1,220 @@
+"""The engine: schedule -> run -> commit over one model on one device, one step ahead of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from lmesh_kernels import platforms
+from lmesh_kernels.blocks import root_hash
+from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.models.config import load_config
+from lmesh_kernels.models.registry import load_model
+from lmesh_kernels.platforms.platform import Pending
+from lmesh_kernels.text.digests import model_digest
+from lmesh_kernels.text.resolve import ModelFiles
+
+from lmesh_worker.engine.batcher import Batcher
+from lmesh_worker.engine.block_pool import BlockPool
+from lmesh_worker.engine.commit import Committer
+from lmesh_worker.engine.config import EngineConfig
+from lmesh_worker.engine.memory import MemoryPlan, plan_memory
+from lmesh_worker.engine.outputs import ReportBuilder
+from lmesh_worker.engine.plan import StepPlan
+from lmesh_worker.engine.quarantine import STEP_FAILED, isolate
+from lmesh_worker.engine.runner import Runner, StepResult
+from lmesh_worker.engine.sequence import Sequence
+from lmesh_worker.messages import Finish, Load, Params, Start, StepReport
+from lmesh_worker.start_check import Limits, find_fault
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs sequences. One thread calls it; nothing here waits for a network.
+
+    Raises ConfigError, UnsupportedModelError or WeightsError when it cannot be built.
+    """
+
+    def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
+        self.config = config
+        self.platform = platforms.detect(config.device, threads=config.threads)
+        model = load_config(files)
+        self.plan: MemoryPlan = plan_memory(config, model, self.platform)
+        plan = self.plan
+        decoder = load_model(files, dtype=plan.dtype, device=self.platform.device)
+        kv = KVCache(model, plan.kv_blocks, plan.block_size, plan.dtype, self.platform.device)
+        self.decoder = decoder
+        self.pool = BlockPool(plan.kv_blocks)
+        self.batcher = Batcher(
+            self.pool,
+            block_size=plan.block_size,
+            max_seqs=plan.max_seqs,
+            max_step_tokens=plan.max_step_tokens,
+            max_model_len=plan.max_model_len,
+            prefix_cache=config.prefix_cache,
+        )
+        self._runner = Runner(
+            decoder,
+            kv,
+            self.platform,
+            max_tokens=plan.max_step_tokens,
+            max_seqs=plan.max_seqs,
+            max_blocks=plan.max_blocks,
+            depth=config.pipeline_depth,
+        )
+        self.limits = Limits(max_model_len=plan.max_model_len, vocab_size=model.vocab_size)
+        self._digest = config.model_digest or model_digest(files)
+        self._roots: dict[str, bytes] = {}
+        self._live: dict[int, Sequence] = {}
+        self._commit = Committer(self.batcher, self._forget)
+        self._in_flight: deque[tuple[StepPlan, Pending[StepResult]]] = deque()
+        self._report = ReportBuilder()
+        self._gauges_changed = False
+        self._arrivals = 0
+        self._steps = 0
+
+    # -- commands
+
+    def add(self, start: Start) -> None:
+        """Queues a sequence; one that cannot run ends by an error in the next report, and harms nothing else."""
+        fault = find_fault(start.ids, start.prompt_len, start.params, self.limits)
+        if fault is None and start.key in self._live:
+            raise ValueError(f"key {start.key} is in use")
+        if fault is not None:
+            self._report.error(start.key, fault.reason, fault.message)
+            return
+        self._arrivals += 1
+        sequence = Sequence(start, self._root(start.cache_salt), self._arrivals)
+        self._live[start.key] = sequence
+        self.batcher.add(sequence)
+
+    def abort(self, key: int) -> None:
+        """Drops a sequence; its blocks are free at once. Unknown keys are ignored: it may just have ended."""
+        sequence = self._live.get(key)
+        if sequence is None:
+            return
+        self.batcher.remove(sequence)
+        self._forget(sequence)
+        self._report.finish(key, Finish.ABORTED, len(sequence.ids))
+        self._gauges_changed = True
+
+    def _root(self, salt: str) -> bytes:
+        if salt not in self._roots:
+            if len(self._roots) > 4096:  # tenants come and go; a root is cheap to make again
+                self._roots.clear()
+            kv_format = f"{self.plan.dtype}/{self.plan.block_size}"
+            self._roots[salt] = root_hash(
+                model_digest=self._digest,
+                weights_version=self.config.weights_version,
+                cache_salt=salt,
+                kv_format=kv_format,
+            )
+        return self._roots[salt]
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._live.pop(sequence.key, None)
+
+    # -- the loop
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to report."""
+        return bool(self._live or self._in_flight or self._report or self._gauges_changed)
+
+    def step(self) -> StepReport | None:
+        """Schedules and launches one step, then commits the oldest one if the pipeline is full or nothing was new.
+
+        Returns what there is to report, or None while the pipeline fills.
+        """
+        begin = time.perf_counter()
+        plan = self.batcher.schedule()
+        if plan is not None:
+            self._in_flight.append((plan, self._runner.launch(plan)))
+        if self._in_flight and (plan is None or len(self._in_flight) > self.config.pipeline_depth):
+            self._commit_oldest()
+        return self._take_report(begin)
+
+    def _commit_oldest(self) -> None:
+        plan, pending = self._in_flight.popleft()
+        try:
+            result = pending.result()
+        except Exception as error:  # noqa: BLE001 - whatever a step raises concerns its sequences, not the engine
+            self._recover(plan, error)
+            return
+        self._steps += 1
+        self._commit.apply(plan, result, self._report)
+
+    def _recover(self, plan: StepPlan, error: Exception) -> None:
+        later = [p for p, _ in self._in_flight]
+        for _, pending in self._in_flight:
+            _wait_out(pending)
+        self._in_flight.clear()
+        for culprit in isolate(self.batcher, [plan, *later], error):
+            self.batcher.remove(culprit.sequence)
+            self._forget(culprit.sequence)
+            message = f"a step with this sequence failed: {type(culprit.error).__name__}"
+            self._report.error(culprit.sequence.key, STEP_FAILED, message)
+
+    def _take_report(self, begin: float) -> StepReport | None:
+        if not self._report and not self._gauges_changed:
+            return None
+        report, self._report, self._gauges_changed = self._report, ReportBuilder(), False
+        micros = round((time.perf_counter() - begin) * 1e6)
+        return report.build(self.load(), weights_version=self.config.weights_version, step_us=micros)
+
+    def load(self) -> Load:
+        """Gauges and counters now."""
+        return Load(
+            running=len(self.batcher.running),
+            waiting=len(self.batcher.waiting),
+            kv_blocks_used=self.pool.num_held,
+            steps=self._steps,
+            prefix_query_tokens=self.batcher.prefix_query_tokens,
+            prefix_hit_tokens=self.batcher.prefix_hit_tokens,
+            preemptions=self.batcher.preemptions,
+            prompt_tokens=self._commit.prompt_tokens,
+            generated_tokens=self._commit.generated_tokens,
+        )
+
+    # -- conveniences
+
+    def generate(self, starts: Iterable[Start]) -> dict[int, list[int]]:
+        """Runs sequences to their end; new ids by key. RuntimeError for one that fails."""
+        out: dict[int, list[int]] = {}
+        for start in starts:
+            out[start.key] = []
+            self.add(start)
+        while self.has_work:
+            report = self.step()
+            if report is None:
+                continue
+            if report.errors:
+                raise RuntimeError(f"{report.errors[0].reason}: {report.errors[0].message}")
+            at = 0
+            for key, count in zip(report.keys, report.n_new, strict=True):
+                out[key] += report.ids[at : at + count]
+                at += count
+        return out
+
+    def warm_up(self) -> None:
+        """Runs a few tokens, so that the first request does not pay for first-time work of the libraries."""
+        length = min(4, self.plan.max_model_len - 1)
+        self.generate([Start(-1, "warm-up", 0, [0] * length, length, Params(max_tokens=1), cache_salt="warm-up")])
+
+    def close(self) -> None:
+        """Waits for launched work and gives the device back."""
+        self._runner.close()
+        if self.platform.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _wait_out(pending: Pending[StepResult]) -> None:
+    """Lets a void step end: its buffers and blocks are about to be used again."""
+    try:
+        pending.result()
+    except Exception:
+        log.debug("a void step failed too", exc_info=True)

@@ -1,0 +1,138 @@
+"""From a plan to tensors: what a step reads, built in static buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.ops.sample import SampleHints, seed_to_int64
+from torch import Tensor
+
+from lmesh_worker.engine.buffers import StepBuffers
+from lmesh_worker.engine.plan import Row, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Columns of the R rows that sample, device tensors, and the host's hints."""
+
+    rows: Tensor  # [R] int64, index of each one's last token in the step
+    slots: Tensor  # [R] int64, where each one's new id is kept on the device
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    seed: Tensor
+    choice: Tensor
+    position: Tensor  # [R] int64, absolute position of the new id
+    hints: SampleHints
+    logprobs: tuple[int, ...]  # alternatives asked for by each, -1 none
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScoring:
+    """Prompt positions of one row whose log-probabilities are wanted."""
+
+    row: int  # index of the plan's row
+    begin: int  # index of the first token in the step
+    targets: tuple[int, ...]  # the ids that follow the positions
+    alternatives: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """All that the device reads in one step."""
+
+    batch: PagedBatch
+    token_slots: Tensor  # [T] int64: where on the device a token's id is, -1 if it is in batch.ids
+    sampling: Sampling
+    prompt_scoring: tuple[PromptScoring, ...]
+    num_samples: int
+
+
+def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int) -> StepInputs:
+    """Fills `buffers` for `plan`; nothing of it is read again after the launch but what this returns."""
+    buffers.clear()
+    begins = [0, *accumulate(row.count for row in plan.rows)]
+    batch, token_slots = _batch(plan, buffers, block_size, begins)
+    sampling = _sampling(plan.rows, buffers, begins)
+    scoring = tuple(s for i, row in enumerate(plan.rows) if row.prompt_logits and (s := _scoring(i, row, begins[i])))
+    return StepInputs(batch, token_slots, sampling, scoring, len(sampling.logprobs))
+
+
+def _batch(plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[int]) -> tuple[PagedBatch, Tensor]:
+    rows, total = plan.rows, plan.num_tokens
+    positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in rows])
+    tables = _block_tables(rows, block_size)
+    which = np.repeat(np.arange(len(rows)), [r.count for r in rows])
+    kv_slots = tables[which, positions // block_size] * block_size + positions % block_size
+    ids, token_slots = _ids(rows, total)
+    kv_lens = tuple(r.start + r.count for r in rows)
+    q_lens = tuple(r.count for r in rows)
+    batch = PagedBatch(
+        ids=buffers.int64.put(ids, total),
+        positions=buffers.int64.put(positions, total),
+        kv_slots=buffers.int64.put(kv_slots, total),
+        cu_seqlens_q=buffers.int32.put(begins, len(rows) + 1),
+        kv_lens=buffers.int32.put(kv_lens, len(rows)),
+        block_tables=buffers.int32.put(tables.ravel(), tables.size).view(len(rows), -1),
+        num_tokens=total,
+        num_seqs=len(rows),
+        num_decodes=plan.num_decodes,
+        max_q=max(q_lens),
+        max_kv=max(kv_lens),
+        q_lens_host=q_lens,
+        kv_lens_host=kv_lens,
+    )
+    return batch, buffers.int64.put(token_slots, total)
+
+
+def _block_tables(rows: list[Row], block_size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """[S, widest] block numbers; past a sequence's end its last block stands again, which is always valid."""
+    used = [-(-(row.start + row.count) // block_size) for row in rows]
+    tables = np.empty((len(rows), max(used)), dtype=np.int64)
+    for i, (row, count) in enumerate(zip(rows, used, strict=True)):
+        tables[i, :count] = row.sequence.blocks[:count]
+        tables[i, count:] = row.sequence.blocks[count - 1]
+    return tables
+
+
+def _ids(rows: list[Row], total: int) -> tuple[list[int], list[int]]:
+    """Known ids of the step's tokens (0 where it is still on the device), and the slot that holds the unknown."""
+    ids: list[int] = []
+    slots = [-1] * total
+    for row in rows:
+        ids += row.sequence.ids[row.start : row.start + row.count]
+        if row.start + row.count > len(row.sequence.ids):
+            slots[len(ids)] = row.sequence.slot
+            ids.append(0)
+    return ids, slots
+
+
+def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int]) -> Sampling:
+    picked = [(row.sequence, row, begins[i + 1] - 1) for i, row in enumerate(rows) if row.samples]
+    params = [s.params for s, _, _ in picked]
+    count = len(picked)
+    temperature, top_p = [p.temperature for p in params], [p.top_p for p in params]
+    top_k = [p.top_k for p in params]
+    return Sampling(
+        rows=buffers.int64.put([last for _, _, last in picked], count),
+        slots=buffers.int64.put([s.slot for s, _, _ in picked], count),
+        temperature=buffers.float32.put(temperature, count),
+        top_p=buffers.float32.put(top_p, count),
+        top_k=buffers.int32.put(top_k, count),
+        seed=buffers.int64.put([seed_to_int64(p.seed) for p in params], count),
+        choice=buffers.int64.put([s.choice for s, _, _ in picked], count),
+        position=buffers.int64.put([row.start + row.count for _, row, _ in picked], count),
+        hints=SampleHints.of(temperature, top_p, top_k),
+        logprobs=tuple(p.logprobs for p in params),
+    )
+
+
+def _scoring(index: int, row: Row, begin: int) -> PromptScoring | None:
+    sequence = row.sequence
+    targets = sequence.ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
+    if not targets:
+        return None
+    return PromptScoring(index, begin, tuple(targets), sequence.params.prompt_logprobs)

@@ -1,0 +1,109 @@
+"""The memory plan: every line computed from the model's shape before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.footprint import activation_bytes, parameter_bytes
+from lmesh_kernels.platforms.platform import Platform
+
+from lmesh_worker.engine.config import ConfigError, EngineConfig
+
+log = logging.getLogger(__name__)
+
+# (sequences, tokens) of a step, share of free memory, cap of the KV cache in bytes (0: none) by kind of device. A
+# CPU shares its memory with everything else on the machine, so it takes a smaller share and no more than it needs.
+_DEFAULTS = {"cpu": (32, 512, 0.4, 4 << 30)}
+_DEVICE_DEFAULTS = (256, 8192, 0.9, 0)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Sizes that an engine is built with, and what each takes in bytes."""
+
+    dtype: torch.dtype
+    max_seqs: int
+    max_step_tokens: int
+    max_model_len: int
+    block_size: int
+    kv_blocks: int
+    max_blocks: int  # of one sequence
+    lines: dict[str, int]
+
+
+def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) -> MemoryPlan:
+    """Cuts the device's memory into weights, activations and KV blocks.
+
+    Raises ConfigError, with the numbers, where they do not fit or one sequence of max_model_len would not.
+    """
+    seqs, tokens, fraction, cap = _DEFAULTS.get(platform.name, _DEVICE_DEFAULTS)
+    dtype = platform.default_dtype() if config.dtype == "auto" else _DTYPES[config.dtype]
+    max_tokens = config.max_step_tokens or tokens
+    max_seqs = config.max_seqs or min(seqs, max_tokens)
+    if max_seqs > max_tokens:
+        raise ConfigError(f"max_seqs {max_seqs} exceeds max_step_tokens {max_tokens}: every sequence needs one token")
+    free = platform.memory_free()
+    weights = parameter_bytes(model, dtype)
+    activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
+    block = KVCache.bytes_per_block(model, config.block_size, dtype)
+    left = int(free * (config.memory_fraction or fraction)) - weights - activations
+    kv_blocks = _kv_blocks(config, block, left, cap)
+    lines = {
+        "free": free,
+        "weights": weights,
+        "activations": activations,
+        "kv_cache": kv_blocks * block,
+        "kv_block": block,
+    }
+    _check_fit(lines, kv_blocks * block > free - weights - activations)
+    max_model_len = _max_model_len(config, model, kv_blocks, lines)
+    log.info("memory plan %s", lines)
+    return MemoryPlan(
+        dtype=dtype,
+        max_seqs=max_seqs,
+        max_step_tokens=max_tokens,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        kv_blocks=kv_blocks,
+        max_blocks=-(-max_model_len // config.block_size),
+        lines=lines,
+    )
+
+
+def _kv_blocks(config: EngineConfig, block: int, left: int, cap: int) -> int:
+    if config.kv_blocks:
+        return config.kv_blocks
+    if config.kv_cache_bytes:
+        return config.kv_cache_bytes // block
+    return max(0, min(left, cap) if cap else left) // block
+
+
+def _check_fit(lines: dict[str, int], too_much: bool) -> None:
+    if lines["kv_cache"] == 0 or too_much:
+        told = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in lines.items())
+        raise ConfigError(
+            f"the model does not fit: {told}. Lower max_seqs, max_step_tokens or kv_cache_bytes, take a smaller "
+            "dtype, or give the engine more memory (memory_fraction)"
+        )
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, kv_blocks: int, lines: dict[str, int]) -> int:
+    held = kv_blocks * config.block_size
+    asked = config.max_model_len
+    if asked > model.max_position_embeddings:
+        raise ConfigError(f"max_model_len {asked} exceeds the model's {model.max_position_embeddings} positions")
+    if asked > held:
+        raise ConfigError(
+            f"one sequence of max_model_len {asked} needs {-(-asked // config.block_size)} KV blocks of "
+            f"{lines['kv_block']} bytes; the plan has {kv_blocks}"
+        )
+    if not asked and held < model.max_position_embeddings:
+        log.warning(
+            "max_model_len is %d, not the model's %d: the KV cache holds no more", held, model.max_position_embeddings
+        )
+    return asked or min(held, model.max_position_embeddings)

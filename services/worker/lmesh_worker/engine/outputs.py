@@ -1,0 +1,83 @@
+"""Gathers one step's outputs into a `StepReport`."""
+
+from __future__ import annotations
+
+import time
+
+from lmesh_worker.engine.sequence import Sequence
+from lmesh_worker.messages import Finish, Load, Logprobs, SequenceError, StepReport, Timing
+
+
+class ReportBuilder:
+    """Columns of the report that is being gathered; each sequence has at most one entry."""
+
+    def __init__(self) -> None:
+        self._keys: list[int] = []
+        self._start_pos: list[int] = []
+        self._ids: list[list[int]] = []
+        self._finish: list[int] = []
+        self._logprobs: list[Logprobs] = []
+        self._errors: list[SequenceError] = []
+        self._timings: list[Timing] = []
+        self._entry: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def _at(self, key: int, position: int) -> int:
+        if key not in self._entry:
+            self._entry[key] = len(self._keys)
+            self._keys.append(key)
+            self._start_pos.append(position)
+            self._ids.append([])
+            self._finish.append(Finish.RUNNING)
+        return self._entry[key]
+
+    def token(self, sequence: Sequence, token_id: int) -> None:
+        """A new id, already appended to the sequence."""
+        self._ids[self._at(sequence.key, len(sequence.ids) - 1)].append(token_id)
+
+    def first_output(self, sequence: Sequence) -> None:
+        """Notes the timing of a sequence's first output."""
+        sequence.first_output_at = time.monotonic()
+        queued = sequence.first_scheduled_at - sequence.started_at
+        prefill = sequence.first_output_at - sequence.first_scheduled_at
+        entry = self._at(sequence.key, len(sequence.ids) - 1)
+        timing = Timing(entry, sequence.cached_tokens, _micros(queued), _micros(prefill), sequence.preemptions)
+        self._timings.append(timing)
+
+    def logprobs(
+        self, sequence: Sequence, *, prompt: bool, k: int, chosen: list[float], ids: list[int], values: list[float]
+    ) -> None:
+        """Log-probabilities of new tokens, or of the prompt."""
+        entry = self._at(sequence.key, len(sequence.ids) - 1)
+        self._logprobs.append(Logprobs(entry, prompt, chosen, k, ids, values))
+
+    def finish(self, key: int, finish: Finish, position: int = 0) -> None:
+        """A sequence's end."""
+        self._finish[self._at(key, position)] = finish
+
+    def error(self, key: int, reason: str, message: str) -> None:
+        """A sequence's end by an error."""
+        self.finish(key, Finish.ERROR)
+        self._errors.append(SequenceError(self._entry[key], reason, message))
+
+    def build(self, load: Load, *, weights_version: int, step_us: int) -> StepReport:
+        """The report; the builder is spent."""
+        return StepReport(
+            keys=self._keys,
+            start_pos=self._start_pos,
+            n_new=[len(ids) for ids in self._ids],
+            ids=[i for ids in self._ids for i in ids],
+            finish=[int(f) for f in self._finish],
+            load=load,
+            weights_version=weights_version,
+            step_us=step_us,
+            logprobs=self._logprobs,
+            errors=self._errors,
+            timings=self._timings,
+        )
+
+
+def _micros(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))

@@ -1,0 +1,107 @@
+"""The engine process: `python -P -m lmesh_worker.engine.process --source MODEL --fd N`, its settings the first frame."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+from lmesh_kernels.models.config import UnsupportedModelError
+from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.text.resolve import ModelNotFoundError, resolve
+
+from lmesh_worker.engine.channel import Channel, PeerGoneError
+from lmesh_worker.engine.config import ConfigError, EngineConfig
+from lmesh_worker.engine.engine import Engine
+from lmesh_worker.engine.quarantine import EngineBrokenError
+from lmesh_worker.messages import Abort, Command, Fatal, Progress, ProgressChange, Ready, Start
+
+log = logging.getLogger("lmesh_worker.engine")
+
+
+def main() -> int:
+    """Serves one server until it says Shutdown or goes away."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=os.environ.get("LMESH_WORKER_LOG_LEVEL", "info").upper(), stream=sys.stderr)
+    # Both signals are the server's business: it drains its requests, and they need this process until then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=args.fd))
+    try:
+        return _serve(channel, args.source)
+    except PeerGoneError:
+        log.warning("the server is gone; leaving")
+        return 0
+
+
+def _serve(channel: Channel, source: str) -> int:
+    try:
+        config = msgspec.msgpack.decode(channel.first_frame(), type=EngineConfig)
+        channel.send(ProgressChange(Progress.COMPILING))
+        engine = Engine(config, resolve(source))
+        engine.warm_up()
+    except (ConfigError, UnsupportedModelError, WeightsError, ModelNotFoundError, msgspec.ValidationError) as error:
+        channel.send(Fatal("ENGINE_START_FAILED", str(error)))
+        return 1
+    # What is alive now lives as long as the process; collecting it again and again would stall steps.
+    gc.collect()
+    gc.freeze()
+    channel.send(ProgressChange(Progress.OK))
+    channel.send(_ready(engine))
+    try:
+        loop(engine, channel)
+    except EngineBrokenError as error:
+        channel.send(Fatal("ENGINE_DEVICE_LOST", str(error)))
+        return 1
+    engine.close()
+    return 0
+
+
+def loop(engine: Engine, channel: Channel) -> None:
+    """Commands, a step, its report; waits for commands only when there is nothing to do."""
+    while True:
+        for command in channel.receive(wait=not engine.has_work):
+            if not _apply(engine, command):
+                return
+        report = engine.step()
+        if report is not None:
+            channel.send(report)
+
+
+def _apply(engine: Engine, command: Command) -> bool:
+    """Carries out one command; False for Shutdown."""
+    if isinstance(command, Start):
+        engine.add(command)
+    elif isinstance(command, Abort):
+        engine.abort(command.key)
+    else:
+        return False
+    return True
+
+
+def _ready(engine: Engine) -> Ready:
+    info, plan = engine.platform.describe(), engine.plan
+    return Ready(
+        device=f"{info.kind}: {info.name} ({', '.join(info.notes)})",
+        max_model_len=plan.max_model_len,
+        vocab_size=engine.limits.vocab_size,
+        block_size=plan.block_size,
+        kv_blocks=plan.kv_blocks,
+        max_seqs=plan.max_seqs,
+        max_step_tokens=plan.max_step_tokens,
+        weights_version=engine.config.weights_version,
+        plan=plan.lines,
+        pid=os.getpid(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

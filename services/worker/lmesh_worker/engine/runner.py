@@ -1,0 +1,128 @@
+"""Runs a planned step on the device: forward, sampling, log-probabilities. Never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from lmesh_kernels.layers.attention import PagedAttention
+from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.ops.logprobs import token_logprobs
+from lmesh_kernels.ops.sample import sample
+from lmesh_kernels.platforms.platform import Pending, Platform
+from torch import Tensor
+
+from lmesh_worker.engine.buffers import StepBuffers
+from lmesh_worker.engine.inputs import PromptScoring, Sampling, StepInputs, build_inputs
+from lmesh_worker.engine.plan import StepPlan
+
+Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], their log-probabilities [N, k]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Host tensors of one step; valid once the step's `Pending` is done."""
+
+    ids: Tensor  # [R] int64, of the rows that sample, in the plan's order
+    finite: Tensor  # [R] bool: False where logits were not finite
+    logprobs: dict[int, Scores] = field(default_factory=dict)  # by index among the rows that sample
+    prompt_logprobs: dict[int, Scores] = field(default_factory=dict)  # by index among all rows
+
+
+class Runner:
+    """One model on one device, with the buffers that steps are built in."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        platform: Platform,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        max_blocks: int,
+        depth: int,
+    ) -> None:
+        self._decoder, self._platform, self._block_size = decoder, platform, kv.block_size
+        self._attention = PagedAttention(kv)
+        self._max_seqs = max_seqs
+        self._stream = platform.stream()
+        self._sets = [
+            StepBuffers(platform, max_tokens=max_tokens, max_seqs=max_seqs, max_blocks=max_blocks)
+            for _ in range(depth + 1)
+        ]
+        self._launched = 0
+        # The newest id of every running sequence, so that the next step needs no word from the host.
+        self._last_ids = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
+
+    def launch(self, plan: StepPlan) -> Pending[StepResult]:
+        """Starts a step after those launched before. At most depth + 1 may be in flight."""
+        buffers = self._sets[self._launched % len(self._sets)]
+        self._launched += 1
+        inputs = build_inputs(plan, buffers, self._block_size)
+        return self._stream.submit(lambda: self._run(inputs, buffers))
+
+    @torch.inference_mode()
+    def _run(self, inputs: StepInputs, buffers: StepBuffers) -> StepResult:
+        buffers.upload()
+        batch = inputs.batch
+        # In place, so that the batch keeps its addresses: ids that the host does not know come from the device.
+        known = inputs.token_slots < 0
+        batch.ids.copy_(torch.where(known, batch.ids, self._last_ids[inputs.token_slots.clamp(min=0)]))
+        hidden = self._decoder.forward(batch, self._attention)
+        result = self._sample(hidden, inputs.sampling, inputs.num_samples, buffers)
+        for scoring in inputs.prompt_scoring:
+            result.prompt_logprobs[scoring.row] = self._score_prompt(hidden, scoring)
+        return result
+
+    def _sample(self, hidden: Tensor, sampling: Sampling, count: int, buffers: StepBuffers) -> StepResult:
+        result = StepResult(buffers.out_ids[:count], buffers.out_finite[:count])
+        if count == 0:
+            return result
+        logits = self._decoder.logits(hidden.index_select(0, sampling.rows))
+        ids = sample(
+            logits,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.seed,
+            sampling.choice,
+            sampling.position,
+            sampling.hints,
+        )
+        self._last_ids.index_copy_(0, sampling.slots, ids)
+        result.ids.copy_(ids, non_blocking=True)
+        # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
+        result.finite.copy_(logits.sum(dim=-1).isfinite(), non_blocking=True)
+        result.logprobs = dict(self._chosen_logprobs(logits, ids, sampling.logprobs))
+        return result
+
+    def _chosen_logprobs(
+        self, logits: Tensor, ids: Tensor, alternatives: tuple[int, ...]
+    ) -> Iterator[tuple[int, Scores]]:
+        for row, k in enumerate(alternatives):
+            if k >= 0:
+                yield row, _to_host(token_logprobs(logits[row : row + 1], ids[row : row + 1], k))
+
+    def _score_prompt(self, hidden: Tensor, scoring: PromptScoring) -> Scores:
+        """Log-probabilities of prompt ids, in pieces no larger than a step's logits were planned to be."""
+        targets = torch.tensor(scoring.targets, dtype=torch.int64, device=hidden.device)
+        rows = hidden[scoring.begin : scoring.begin + len(scoring.targets)]
+        pieces = [
+            token_logprobs(self._decoder.logits(rows[i : i + self._max_seqs]), targets[i : i + self._max_seqs], k)
+            for k in (scoring.alternatives,)
+            for i in range(0, len(scoring.targets), self._max_seqs)
+        ]
+        chosen, ids, values = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return _to_host((chosen, ids, values))
+
+    def close(self) -> None:
+        """Waits for what was launched and gives the stream back."""
+        self._stream.close()
+
+
+def _to_host(scores: Scores) -> Scores:
+    chosen, ids, values = (t.to("cpu", non_blocking=True) for t in scores)
+    return chosen, ids, values
