@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from lmesh_kernels.layers.attention import PagedAttention
@@ -51,13 +51,19 @@ def make_batch(
     )
 
 
+def on_device(batch: PagedBatch, device: torch.device) -> PagedBatch:
+    """The batch with its tensors on `device`."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
 class PagedRunner:
     """A decoder, a cache, and the lanes that share it."""
 
     def __init__(self, decoder: Decoder, *, block_size: int = 4, num_blocks: int = 96, seed: int = 0) -> None:
         self.decoder = decoder
         self.block_size = block_size
-        self.kv = KVCache(decoder.config, num_blocks, block_size, decoder.dtype, CPU)
+        self.kv = KVCache(decoder.config, num_blocks, block_size, decoder.dtype, decoder.arena.device)
         # Whatever an owner before left in a block, even NaN, must not reach its next owner.
         self.kv.data.fill_(torch.nan)
         self.attention = PagedAttention(self.kv)
@@ -77,7 +83,7 @@ class PagedRunner:
             [lane.blocks for lane in lanes],
             self.block_size,
         )
-        logits = self.decoder.logits(self.decoder(batch, self.attention))
+        logits = self.decoder.logits(self.decoder(on_device(batch, self.kv.data.device), self.attention))
         for name in order:
             self.lanes[name].length += len(work[name])
         return dict(zip(order, logits.split(list(batch.q_lens_host)), strict=True))

@@ -57,9 +57,16 @@ def chi_square_excess(ids: torch.Tensor, probabilities: torch.Tensor) -> float:
     return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
 
 
-@pytest.mark.parametrize("along", ["seed", "choice", "position"])
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.7, 0.8, 0), (1.0, 0.9, 9)]
+    ("along", "temperature", "top_p", "top_k"),
+    [
+        ("seed", 1.0, 1.0, 0),
+        ("choice", 1.0, 1.0, 0),
+        ("position", 0.6, 1.0, 0),
+        ("seed", 1.7, 0.8, 0),
+        ("choice", 0.7, 1.0, 12),
+        ("position", 1.0, 0.9, 9),
+    ],
 )
 def test_draws_follow_the_softmax(along: str, temperature: float, top_p: float, top_k: int) -> None:
     draws = 8000
