@@ -1,0 +1,64 @@
+"""Whether a service is ready: asked of the service itself, never guessed from its process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from lmesh_cli import mesh_link
+
+Probe = Callable[[], Awaitable[bool]]
+_TIMEOUT_S = 2.0
+
+
+def grpc_health(address: str) -> Probe:
+    """Ready when grpc.health.v1 at host:port says SERVING."""
+
+    async def probe() -> bool:
+        return await mesh_link.is_serving(address)
+
+    return probe
+
+
+def http_health(address: str) -> Probe:
+    """Ready when GET /health at host:port answers 200."""
+
+    async def probe() -> bool:
+        return await _status_line(address, "/health") == 200
+
+    return probe
+
+
+def models(address: str, ids: frozenset[str]) -> Probe:
+    """Ready when the gateway at host:port serves all of `ids`."""
+
+    async def probe() -> bool:
+        return ids <= await mesh_link.served_models(address)
+
+    return probe
+
+
+def all_of(*probes: Probe) -> Probe:
+    """Ready when all are, asked in order."""
+
+    async def probe() -> bool:
+        for one in probes:
+            if not await one():
+                return False
+        return True
+
+    return probe
+
+
+async def _status_line(address: str, path: str) -> int:
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                return int((await reader.readline()).split()[1])
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError, IndexError):
+        return 0

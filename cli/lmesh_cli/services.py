@@ -1,0 +1,151 @@
+"""The services of a local mesh as processes: command, environment, readiness, and their places in start and stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmesh_kernels.text.resolve import cache_folder
+
+from lmesh_cli import probes, redis_server
+from lmesh_cli.devices import share_of_machine
+from lmesh_cli.plan import MeshPlan, WorkerPlace
+from lmesh_cli.ports import HOST
+from lmesh_cli.probes import Probe
+
+# Above the services' own drain timeout of 30 s: they end what is left themselves, the supervisor only what hangs.
+STOP_TIMEOUT_S = 40.0
+_JOURNAL = "LMESH_SCHEDULER_REDIS_URL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSpec:
+    """One supervised process."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)  # on top of the supervisor's own
+    probe: Probe
+    prepare: Callable[[], None] = lambda: None  # called before each start
+    start_stage: int = 0  # a stage starts when the one before is ready
+    stop_stage: int = 0  # a stage is stopped when the one before is gone
+    stop_timeout_s: float = STOP_TIMEOUT_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddedRedis:
+    """The mesh's own Redis: its program and its folder."""
+
+    server: Path
+    folder: Path
+
+
+def wants_embedded_redis(environ: Mapping[str, str]) -> bool:
+    """False when the user named a Redis of their own."""
+    return not environ.get(_JOURNAL)
+
+
+def build(plan: MeshPlan, redis: EmbeddedRedis | None, environ: Mapping[str, str] | None = None) -> list[ServiceSpec]:
+    """All services of the plan. What the user set in LMESH_* variables wins over the launcher's choices of tuning."""
+    env = dict(os.environ if environ is None else environ)
+    specs = [] if redis is None else [_redis(redis)]
+    specs.append(_scheduler(plan, env[_JOURNAL] if redis is None else redis_server.url(redis.folder)))
+    shares = share_of_machine(len(plan.workers), env)
+    specs += [_worker(plan, place, share) for place, share in zip(plan.workers, shares, strict=True)]
+    return [*specs, _gateway(plan)]
+
+
+def _redis(redis: EmbeddedRedis) -> ServiceSpec:
+    async def probe() -> bool:
+        return await redis_server.answers(redis.folder)
+
+    return ServiceSpec(
+        name="redis",
+        argv=tuple(redis_server.command(redis.server, redis.folder)),
+        probe=probe,
+        # A socket that a killed server left would look like one that refuses.
+        prepare=lambda: redis_server.socket_path(redis.folder).unlink(missing_ok=True),
+        stop_stage=3,
+        stop_timeout_s=5.0,
+    )
+
+
+def _scheduler(plan: MeshPlan, journal: str) -> ServiceSpec:
+    env = {
+        "LMESH_SCHEDULER_ADDRESS": plan.scheduler_address,
+        _JOURNAL: journal,
+        "LMESH_SCHEDULER_METRICS_PORT": str(plan.scheduler_metrics_port),
+    }
+    return ServiceSpec(
+        name="scheduler",
+        argv=_module("lmesh_scheduler"),
+        env=_common(env),
+        probe=probes.grpc_health(plan.scheduler_address),
+        start_stage=1,
+        stop_stage=2,
+    )
+
+
+def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str]) -> ServiceSpec:
+    address = f"{HOST}:{place.port}"
+    env = {
+        **share,
+        "LMESH_WORKER_ADDRESS": address,
+        "LMESH_WORKER_ADVERTISE": address,
+        "LMESH_WORKER_SCHEDULER": plan.scheduler_address,
+        "LMESH_WORKER_ID": place.id,
+        "LMESH_WORKER_MODEL": place.model.source,
+        "LMESH_WORKER_MODEL_ID": place.model.id,
+        "LMESH_WORKER_METRICS_PORT": str(place.metrics_port),
+    }
+    return ServiceSpec(
+        name=place.id,
+        argv=_module("lmesh_worker"),
+        env=_common(env),
+        probe=probes.grpc_health(address),
+        start_stage=1,
+        stop_stage=1,
+    )
+
+
+def _gateway(plan: MeshPlan) -> ServiceSpec:
+    env = {
+        "LMESH_GATEWAY_GRPC_ADDRESS": plan.grpc_address,
+        "LMESH_GATEWAY_HTTP_ADDRESS": plan.http_address,
+        "LMESH_GATEWAY_SCHEDULER": plan.scheduler_address,
+        "LMESH_GATEWAY_PROCESSES": str(plan.gateways),
+    }
+    return ServiceSpec(
+        name="gateway",
+        argv=_module("lmesh_gateway"),
+        env=_common(env),
+        probe=probes.all_of(
+            probes.grpc_health(plan.grpc_address),
+            probes.http_health(plan.http_address),
+            probes.models(plan.grpc_address, plan.model_ids),
+        ),
+        start_stage=1,
+        stop_stage=0,
+    )
+
+
+def _module(name: str) -> tuple[str, ...]:
+    # -P keeps the current folder off sys.path: a checkout's `kernels/` must not shadow anything.
+    return (sys.executable, "-P", "-m", name)
+
+
+def _common(env: Mapping[str, str]) -> dict[str, str]:
+    # Calls within the machine must not go to a proxy that is meant for the outside.
+    outside = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost")
+    local = ",".join(name for name in outside if name)
+    return {
+        **env,
+        "LMESH_DIE_WITH_PARENT": "1",
+        "LMESH_CACHE": str(cache_folder().expanduser().absolute()),
+        "PYTHONUNBUFFERED": "1",
+        "NO_PROXY": local,
+        "no_proxy": local,
+    }
