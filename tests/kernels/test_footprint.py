@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.footprint import activation_bytes, parameter_bytes
-from lmesh_kernels.ops.sample import sample_reference
+from lmesh_kernels.ops.sample import sample, sample_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.paged_runner import CPU, PagedRunner
@@ -109,11 +110,12 @@ def test_a_step_stays_within_the_bound(dtype: torch.dtype, work: str) -> None:
     assert 0 < mode.peak <= activation_bytes(CONFIG, 256, 32, dtype)
 
 
-def test_sampling_stays_within_the_bound() -> None:
+@pytest.mark.parametrize("draw", [sample, sample_reference])
+def test_sampling_stays_within_the_bound(draw: Callable[..., torch.Tensor]) -> None:
     rows = 32
     logits = torch.randn(rows, CONFIG.vocab_size)
     zeros = torch.zeros(rows, dtype=torch.int64)
     top_k = torch.full((rows,), 9, dtype=torch.int32)
     with PeakMode() as mode:
-        sample_reference(logits, torch.ones(rows), torch.full((rows,), 0.9), top_k, zeros, zeros, zeros)
+        draw(logits, torch.ones(rows), torch.full((rows,), 0.9), top_k, zeros, zeros, zeros)
     assert 0 < mode.peak + logits.nbytes <= activation_bytes(CONFIG, 1, rows, torch.float32)

@@ -159,6 +159,18 @@ def test_logits_are_left_alone_and_minus_infinity_is_never_drawn() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("broken", [slice(3, 4), slice(None)])
+def test_rows_that_are_not_numbers_leave_the_others_alone(broken: slice) -> None:
+    logits, arguments = mixed(32, 64)
+    expected = sample(logits, **arguments)
+    logits[broken] = torch.nan
+    ids = sample(logits, **arguments)
+    fine = torch.ones(32, dtype=torch.bool)
+    fine[broken] = False
+    assert torch.equal(ids[fine], expected[fine])
+    assert ((ids >= 0) & (ids < 64)).all()
+
+
 def test_hints_tell_what_is_needed() -> None:
     assert SampleHints.of([0.0, 1.0], [1.0, 1.0], [0, 0]) == SampleHints(any_random=True, any_truncation=False)
     assert SampleHints.of([0.0, 1.0], [0.5, 1.0], [0, 4]) == SampleHints(any_random=True, any_truncation=True)

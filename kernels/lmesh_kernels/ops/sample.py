@@ -151,7 +151,8 @@ def _draw_above(scores: Tensor, threshold: Tensor, keys: Tensor) -> Tensor:
     rows, ids = (scores >= threshold).nonzero(as_tuple=True)
     counts = rows.bincount(minlength=scores.shape[0])
     column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-    candidates = torch.zeros(scores.shape[0], int(counts.max()), dtype=torch.int64)
+    # A row of NaN has no candidates; it must not stop the others, so it gets id 0.
+    candidates = torch.zeros(scores.shape[0], max(1, int(counts.max())), dtype=torch.int64)
     candidates[rows, column] = ids
     noisy = gumbel(keys, candidates.to(torch.int32)).add_(scores.gather(1, candidates))
     unused = torch.arange(candidates.shape[1]) >= counts[:, None]
