@@ -10,8 +10,6 @@ DOMAIN = "lmesh.worker"
 # Reasons of sequences that end with ERROR; they ride in StepOutputs, not in a status.
 ENGINE_DIED = "ENGINE_DIED"
 SLOT_IN_USE = "SLOT_IN_USE"
-INVALID_START = "INVALID_START"
-PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
 
 
 class HelloRequiredError(ServiceError):
@@ -47,6 +45,14 @@ class SupersededError(ServiceError):
 
     code = grpc.StatusCode.ABORTED
     reason = "SUPERSEDED"
+
+
+class NotReadyError(ServiceError):
+    """The engine still loads."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "NOT_READY"
+    retryable = True
 
 
 class EngineDiedError(ServiceError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lmesh_chassis.errors import DrainingError, ServiceError
 
 from lmesh_worker import errors
-from lmesh_worker.errors import EngineDiedError, ReplayGoneError, StaleEpochError
+from lmesh_worker.errors import EngineDiedError, NotReadyError, ReplayGoneError, StaleEpochError
 from lmesh_worker.messages import Abort, Command, Finish, Params, SequenceError, Start, StepReport
 from lmesh_worker.outputs import SessionStep, split
 from lmesh_worker.session import Sequence, Session, Stream, too_slow
@@ -79,6 +79,8 @@ class RunSessions:
         """Attaches a gateway's stream to its session, new or kept; a ServiceError says why not."""
         if self._gone is not None:
             raise self._gone
+        if self._start_limits is None:
+            raise NotReadyError("the engine still loads", retry_after_ms=1000)
         if epoch != self._epoch:
             raise StaleEpochError(f"this worker's epoch is {self._epoch}", field="hello.epoch")
         session = self._sessions.get(gateway_id)

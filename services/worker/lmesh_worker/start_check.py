@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lmesh_worker.errors import INVALID_START, PROMPT_TOO_LONG
 from lmesh_worker.messages import Params
+
+# Kept here, not in errors: the engine process checks too, and it must not import gRPC.
+INVALID_START = "INVALID_START"
+PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
 
 
 class Fault(NamedTuple):
@@ -29,8 +32,9 @@ def find_fault(ids: list[int], prompt_len: int, params: Params, limits: Limits) 
     """The first fault of a sequence, or None."""
     if not 1 <= prompt_len <= len(ids):
         return Fault(INVALID_START, f"prompt_len must lie in 1..{len(ids)}, not {prompt_len}")
-    if len(ids) > limits.max_model_len:
-        return Fault(PROMPT_TOO_LONG, f"{len(ids)} tokens; the model takes {limits.max_model_len}")
+    room = limits.max_model_len - min(params.max_tokens, 1)  # for the first new token
+    if len(ids) > room:
+        return Fault(PROMPT_TOO_LONG, f"{len(ids)} tokens; the model takes {room}, and its output")
     if max(ids) >= limits.vocab_size:
         return Fault(INVALID_START, f"id {max(ids)} is not below the vocabulary's {limits.vocab_size}")
     return _params_fault(params)
