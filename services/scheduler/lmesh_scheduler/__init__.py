@@ -1,0 +1,1 @@
+"""The control plane: admission, placement, the state of every request."""

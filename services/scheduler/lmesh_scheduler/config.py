@@ -1,0 +1,33 @@
+"""The scheduler's settings, read from LMESH_SCHEDULER_* (see lmesh_chassis.settings)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmesh_chassis.settings import ChassisSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSettings(ChassisSettings):
+    """One scheduler; there is one active in a mesh."""
+
+    address: str = "127.0.0.1:50052"  # Dispatch and Fleet links
+    redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path/to/socket
+    redis_timeout_s: float = 2.0
+    max_queue: int = 1024  # requests waiting for one model
+    slots_factor: float = 2.0  # sequences placed on a worker, in multiples of what one step holds
+    heartbeat_interval_s: float = 1.0
+    lease_ttl_s: float = 5.0  # a worker is lost when no heartbeat came for this long
+    gateway_grace_s: float = 10.0  # how long a gateway whose link broke may come back to its requests
+    model_grace_s: float = 30.0  # how long requests may queue for a model whose workers have all left
+    ended_kept: int = 10_000  # ended requests that are answered from memory; older ones from Redis
+    record_ttl_s: float = 3600.0  # how long Redis keeps an ended request
+    live_record_ttl_s: float = 86_400.0
+    journal_limit: int = 100_000  # requests whose last state waits for Redis
+
+    def __post_init__(self) -> None:
+        """ValueError for values that cannot work together."""
+        if self.lease_ttl_s <= self.heartbeat_interval_s:
+            raise ValueError("lease_ttl_s must be longer than heartbeat_interval_s")
+        if self.slots_factor <= 0 or self.max_queue < 1 or self.journal_limit < 1 or self.ended_kept < 0:
+            raise ValueError("slots_factor, max_queue and journal_limit must be positive")

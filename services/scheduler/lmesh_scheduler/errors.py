@@ -1,0 +1,52 @@
+"""What the scheduler refuses: reasons that ride on the Dispatch link, and statuses of its calls."""
+
+from __future__ import annotations
+
+import grpc
+from lmesh_chassis.errors import ServiceError
+
+DOMAIN = "lmesh.scheduler"
+
+# Reasons of Refused and Revoked events.
+QUEUE_FULL = "QUEUE_FULL"
+MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
+DRAINING = "DRAINING"
+CANCELLED = "CANCELLED"
+WORKER_LOST = "WORKER_LOST"
+GATEWAY_LOST = "GATEWAY_LOST"
+
+
+class HelloRequiredError(ServiceError):
+    """A link did not begin with a hello, or a second one came."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "HELLO_REQUIRED"
+
+
+class ModelConflictError(ServiceError):
+    """A worker announces other weights under a model id that is served already."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_CONFLICT"
+
+
+class WorkerIdInUseError(ServiceError):
+    """Another live worker has this id."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "WORKER_ID_IN_USE"
+
+
+class RequestNotFoundError(ServiceError):
+    """No record, in memory or in Redis."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "REQUEST_NOT_FOUND"
+
+
+class SlowLinkError(ServiceError):
+    """A gateway does not read what it is told."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "SLOW_CONSUMER"

@@ -1,0 +1,181 @@
+"""The workers: who they are, how they are, and until when that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lmesh_scheduler.errors import ModelConflictError, WorkerIdInUseError
+from lmesh_scheduler.placement import WorkerView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescriptor:
+    """A model as its workers announce it."""
+
+    id: str
+    source: str
+    digest: str
+    text_digest: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A worker as it joins."""
+
+    worker_id: str
+    epoch: str
+    address: str
+    model: ModelDescriptor
+    max_seqs: int
+    max_step_tokens: int
+    kv_blocks: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """A worker's load and progress (the wire's numbers)."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    steps: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    generated_tokens: int = 0
+    stuck: bool = False
+    progress: int = 1
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Worker:
+    """One worker's boot."""
+
+    hello: Hello
+    seen: float  # last sign of life, by the scheduler's clock
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    draining: bool = False
+    linked: bool = True
+    placements: dict[str, int] = field(default_factory=dict)  # request id -> sequences
+
+    @property
+    def placed(self) -> int:
+        """Sequences placed here and not ended."""
+        return sum(self.placements.values())
+
+    def view(self, slots_factor: float) -> WorkerView:
+        """What placement needs of it."""
+        hello = self.hello
+        return WorkerView(
+            id=hello.worker_id,
+            model=hello.model.id,
+            placeable=self.linked and not self.draining and not self.heartbeat.stuck,
+            placed=self.placed,
+            max_placed=max(1, int(slots_factor * hello.max_seqs)),
+            max_seqs=max(1, hello.max_seqs),
+            kv_used=self.heartbeat.kv_blocks_used / max(1, hello.kv_blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A model that some worker serves; `created` is Unix seconds."""
+
+    model: ModelDescriptor
+    workers: int
+    created: float
+
+
+class Fleet:
+    """Workers by id."""
+
+    def __init__(self, *, lease_ttl_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self._lease_ttl_s, self._clock, self._wall = lease_ttl_s, clock, wall
+        self._workers: dict[str, Worker] = {}
+        self._created: dict[str, float] = {}
+        self._left: dict[str, float] = {}  # models without a worker, and since when
+
+    def workers(self) -> list[Worker]:
+        """All, by id."""
+        return [self._workers[i] for i in sorted(self._workers)]
+
+    def find(self, worker_id: str, epoch: str = "") -> Worker | None:
+        """The worker of this id and, if given, this epoch."""
+        worker = self._workers.get(worker_id)
+        return worker if worker and epoch in ("", worker.hello.epoch) else None
+
+    def join(self, hello: Hello) -> Worker | None:
+        """Takes a worker in; returns the older boot that it replaces, if there is one.
+
+        Raises WorkerIdInUseError while another boot of that id is linked, ModelConflictError for other weights,
+        tokenizer or block size under a served id.
+        """
+        before = self._workers.get(hello.worker_id)
+        if before and before.hello.epoch != hello.epoch and before.linked:
+            raise WorkerIdInUseError(
+                f"worker id {hello.worker_id} is in use at {before.hello.address}", field="worker_id"
+            )
+        self._check_model(hello)
+        replaced = before if before and before.hello.epoch != hello.epoch else None
+        if before and replaced is None:
+            before.linked, before.seen, before.draining = True, self._clock(), False
+            return None
+        self._workers[hello.worker_id] = Worker(hello=hello, seen=self._clock())
+        self._created.setdefault(hello.model.id, self._wall())
+        self._left.pop(hello.model.id, None)
+        return replaced
+
+    def _check_model(self, hello: Hello) -> None:
+        for other in self._workers.values():
+            mine, theirs = hello.model, other.hello.model
+            same_id = mine.id == theirs.id and other.hello.worker_id != hello.worker_id
+            if same_id and _identity(mine) != _identity(theirs):
+                raise ModelConflictError(
+                    f"model {mine.id} is served with digest {theirs.digest[:12]}, this worker has {mine.digest[:12]}: "
+                    "give it another id",
+                    field="model.id",
+                )
+
+    def leave(self, worker: Worker) -> None:
+        """Forgets a worker."""
+        if self._workers.get(worker.hello.worker_id) is worker:
+            del self._workers[worker.hello.worker_id]
+        if not self.serves(worker.hello.model.id):
+            self._left[worker.hello.model.id] = self._clock()
+
+    def overdue(self) -> list[Worker]:
+        """Workers whose lease has lapsed."""
+        limit = self._clock() - self._lease_ttl_s
+        return [w for w in self._workers.values() if w.seen < limit]
+
+    def beat(self, worker: Worker, heartbeat: Heartbeat) -> None:
+        """A sign of life."""
+        worker.heartbeat, worker.seen = heartbeat, self._clock()
+
+    def serves(self, model_id: str) -> bool:
+        """Whether some worker serves this model."""
+        return any(w.hello.model.id == model_id for w in self._workers.values())
+
+    def awaited(self, model_id: str, grace_s: float) -> bool:
+        """Whether the model's last worker left so lately that another may come."""
+        left = self._left.get(model_id)
+        return left is not None and self._clock() - left < grace_s
+
+    def catalog(self) -> list[CatalogEntry]:
+        """Models that are served, by id."""
+        by_model: dict[str, list[Worker]] = {}
+        for worker in self.workers():
+            by_model.setdefault(worker.hello.model.id, []).append(worker)
+        return [
+            CatalogEntry(model=workers[0].hello.model, workers=len(workers), created=self._created[model_id])
+            for model_id, workers in sorted(by_model.items())
+        ]
+
+
+def _identity(model: ModelDescriptor) -> tuple[str, str, int]:
+    return model.digest, model.text_digest, model.block_size
