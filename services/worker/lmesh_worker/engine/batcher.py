@@ -155,7 +155,8 @@ class Batcher:
     def _victim(self) -> Sequence:
         """The cheapest running sequence to recompute among the worst priority, never the first in rank.
 
-        The one that lacks a block may be it: then it waits. Cost: tokens to compute again (those in blocks that others hold stay) for each block that it frees.
+        The one that lacks a block may be it: then it waits. Cost: tokens to compute again (those in blocks that
+        others hold stay) for each block that it frees.
         """
         others = self.running[1:]
         if not others:

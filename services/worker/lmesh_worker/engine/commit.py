@@ -72,7 +72,7 @@ class Committer:
         position = len(sequence.ids) - 1
         if sequence.params.max_tokens > 0 and token_id in sequence.stop_ids:
             report.finish(sequence.key, Finish.STOP, position)
-        elif sequence.saturated(self._batcher.max_model_len):
+        elif sequence.complete(self._batcher.max_model_len):
             report.finish(sequence.key, Finish.LENGTH, position)
         else:
             return
@@ -84,5 +84,7 @@ class Committer:
 
 
 def _extend(sequence: Sequence, scores: Scores) -> None:
-    for column, tensor in zip(sequence.prompt_logprobs, scores, strict=True):
-        column.extend(tensor.flatten().tolist())
+    chosen, ids, values = sequence.prompt_logprobs
+    chosen += scores[0].tolist()
+    ids += scores[1].flatten().tolist()
+    values += scores[2].flatten().tolist()

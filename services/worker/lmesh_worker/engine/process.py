@@ -1,4 +1,7 @@
-"""The engine process: `python -P -m lmesh_worker.engine.process --source MODEL --fd N`, its settings the first frame."""
+"""The engine process: `python -P -m lmesh_worker.engine.process --source MODEL --fd N`.
+
+Its settings, an `EngineConfig`, are the first frame on the descriptor.
+"""
 
 from __future__ import annotations
 

@@ -96,6 +96,11 @@ class Sequence:
         # max_tokens 0 only scores the prompt; the id that its last position gives is not reported.
         return self.length - self.prompt_len >= max(1, self.params.max_tokens) or self.length >= max_model_len
 
+    def complete(self, max_model_len: int) -> bool:
+        """Whether the ids read back reach the last one that may be sampled."""
+        new = len(self.ids) - self.prompt_len
+        return new >= self.params.max_tokens or len(self.ids) >= max_model_len
+
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt positions still need their logits."""
         return self.params.prompt_logprobs >= 0 and self.first_output_at == 0.0
