@@ -29,6 +29,8 @@ __all__ = [
     "SchedulerUnavailableError",
     "ServiceError",
     "TemplateFailedError",
+    "TemplateInvalidError",
+    "TemplateRefusedError",
     "TemplateTimeoutError",
     "WorkerFailedError",
     "WorkerLostError",
@@ -36,22 +38,35 @@ __all__ = [
 
 
 class ContextLengthExceededError(InvalidArgumentError):
-    """Prompt and output do not fit the model's context; metadata holds prompt_tokens, max_tokens, max_model_len."""
+    """The prompt leaves no room in the model's context; metadata holds prompt_tokens and max_model_len."""
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
 
-class NoChatTemplateError(InvalidArgumentError):
+class NoChatTemplateError(ServiceError):
     """A conversation for a model that has no chat template."""
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "NO_CHAT_TEMPLATE"
 
 
+class TemplateRefusedError(InvalidArgumentError):
+    """The model's chat template refuses these messages."""
+
+    reason = "TEMPLATE_REFUSED"
+
+
 class TemplateFailedError(InvalidArgumentError):
-    """The model's chat template refused these messages."""
+    """The model's chat template failed on these messages."""
 
     reason = "TEMPLATE_FAILED"
+
+
+class TemplateInvalidError(ServiceError):
+    """The model's chat template is no template at all; only its publisher can mend it."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "TEMPLATE_INVALID"
 
 
 class TemplateTimeoutError(ServiceError):

@@ -63,7 +63,7 @@ class StopRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What to return besides text. The log-probability counts are alternatives a token; 0 gives the chosen ones alone."""
+    """What to return besides text; log-probabilities are counts of alternatives, 0 being the chosen token alone."""
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -180,6 +180,7 @@ class ServedModel:
     id: str
     digest: str
     max_model_len: int
+    vocab_size: int
     created: float
     workers: int
     tokenizer: TextTokenizer

@@ -1,0 +1,39 @@
+"""A request made ready to run: prompt as ids, every default resolved, everything checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmesh_gateway.generation import ServedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceParams:
+    """Sampling and stopping as the worker gets them; see lmesh.worker.v1.SequenceParams."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    logprobs: int  # -1: none
+    prompt_logprobs: int  # -1: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is submitted and run. `deadline_s` and `queue_timeout_s` count from `created` (Unix time in seconds)."""
+
+    request_id: str
+    model: ServedModel
+    prompt_ids: tuple[int, ...]
+    params: SequenceParams
+    n: int
+    stop: tuple[str, ...]
+    keep_special_tokens: bool
+    deadline_s: float
+    queue_timeout_s: float
+    tenant: str
+    traceparent: str
+    created: float
