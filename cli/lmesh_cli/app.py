@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_out = Console()
+_out = Console(soft_wrap=True)
 _notes = Console(stderr=True)
 _EXPECTED = (LaunchError, PlanError, PortTakenError, RedisNotFoundError, AlreadyRunningError, MeshError)
 
@@ -119,7 +119,7 @@ def main() -> None:
     try:
         app()
     except _EXPECTED as error:
-        _notes.print(f"lmesh: {error}", style="red", highlight=False, markup=False)
+        _notes.print(f"lmesh: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

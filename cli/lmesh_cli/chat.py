@@ -103,4 +103,4 @@ def converse(chat: Chat, notes: Console, read: Callable[[str], str] = input) -> 
             try:
                 chat.ask(line)
             except MeshError as error:
-                notes.print(f"[red]{error}[/red]")
+                notes.print(str(error), style="red", markup=False)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-# What a lone worker plans for itself by default.
-_MEMORY_FRACTION = 0.9
+# Of the free memory, over all workers that share it: a CPU's belongs to the rest of the machine too.
+_CPU_FRACTION, _GPU_FRACTION = 0.8, 0.9
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -36,7 +36,7 @@ def share_of_machine(
     threads = max(1, (cores or os.cpu_count() or 1) // count)
     share = {
         "LMESH_WORKER_THREADS": str(threads),
-        "LMESH_WORKER_MEMORY_FRACTION": f"{_MEMORY_FRACTION / count:.3f}",
+        "LMESH_WORKER_MEMORY_FRACTION": f"{_CPU_FRACTION / count:.3f}",
     }
     return [_unset(share, environ) for _ in range(count)]
 
@@ -44,7 +44,7 @@ def share_of_machine(
 def _gpu_share(index: int, count: int, names: list[str], environ: Mapping[str, str]) -> dict[str, str]:
     mine = index % len(names)
     sharers = len(range(mine, count, len(names)))
-    fraction = {"LMESH_WORKER_MEMORY_FRACTION": f"{_MEMORY_FRACTION / sharers:.3f}"} if sharers > 1 else {}
+    fraction = {"LMESH_WORKER_MEMORY_FRACTION": f"{_GPU_FRACTION / sharers:.3f}"} if sharers > 1 else {}
     return {"CUDA_VISIBLE_DEVICES": names[mine], **_unset(fraction, environ)}
 
 

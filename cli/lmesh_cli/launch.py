@@ -69,7 +69,7 @@ def prepare(request: UpRequest, run_dir: RunDir, console: Console) -> MeshPlan:
     try:
         with run_dir.lock():
             if run_dir.clean():
-                console.print("cleaned up after a supervisor that had died")
+                console.print("cleaned up what an earlier mesh had left")
     except AlreadyRunningError as error:
         raise LaunchError(f"{error}, on its way up or down; try again in a moment") from error
     if services.wants_embedded_redis(os.environ):
@@ -101,7 +101,7 @@ def down(run_dir: RunDir, console: Console, *, now: bool = False) -> bool:
     if state is None:
         with run_dir.lock():
             if run_dir.clean():
-                console.print("cleaned up after a supervisor that had died")
+                console.print("cleaned up what an earlier mesh had left")
         return False
     with console.status("stopping: requests that run are finished first"):
         _signal(state, signal.SIGTERM)
