@@ -1,0 +1,60 @@
+"""The gateway's metrics: vLLM's names where the meaning is the same, `lmesh:` where it is ours."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_MODEL = ("model_name",)
+_LATENCIES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_INTER_TOKEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_E2E = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+TTFT = Histogram(
+    "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", _MODEL, buckets=_LATENCIES
+)
+INTER_TOKEN = Histogram(
+    "vllm:inter_token_latency_seconds", "Between a choice's tokens, as they reach here.", _MODEL, buckets=_INTER_TOKEN
+)
+E2E = Histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", _MODEL, buckets=_E2E)
+SUCCESS = Counter("vllm:request_success", "Choices completed, by finish reason.", (*_MODEL, "finished_reason"))
+PROMPT_TOKENS = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _MODEL, buckets=_TOKENS)
+GENERATION_TOKENS = Histogram(
+    "vllm:request_generation_tokens", "New tokens of a request, over its choices.", _MODEL, buckets=_TOKENS
+)
+FAILED = Counter("lmesh:request_failures", "Requests that ended otherwise, by error reason.", (*_MODEL, "reason"))
+LIVE = Gauge("lmesh:live_requests", "Requests between acceptance and end.", multiprocess_mode="livesum")
+DROPPED_OUTPUTS = Counter("lmesh:dropped_outputs", "Worker outputs under a lease that is not held any more.")
+
+
+class RequestMetrics:
+    """Feeds the metrics of one request; times are from its construction."""
+
+    def __init__(self, model: str, n: int) -> None:
+        self._model = model
+        self._began = time.monotonic()
+        self._last: list[float | None] = [None] * n
+        self._first = True
+
+    def tokens(self, choice: int, count: int) -> None:
+        """A choice got `count` new tokens just now."""
+        if not count:
+            return
+        now = time.monotonic()
+        if self._first:
+            self._first = False
+            TTFT.labels(self._model).observe(now - self._began)
+        before, self._last[choice] = self._last[choice], now
+        if before is not None:
+            for _ in range(count):
+                INTER_TOKEN.labels(self._model).observe((now - before) / count)
+
+    def finished(self, reasons: list[str], prompt_tokens: int, completion_tokens: int) -> None:
+        """All choices are complete, for these reasons."""
+        E2E.labels(self._model).observe(time.monotonic() - self._began)
+        PROMPT_TOKENS.labels(self._model).observe(prompt_tokens)
+        GENERATION_TOKENS.labels(self._model).observe(completion_tokens)
+        for reason in reasons:
+            SUCCESS.labels(self._model, reason).inc()

@@ -1,0 +1,110 @@
+"""What the gateway and the scheduler tell each other about a request, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+from lmesh_chassis.errors import ServiceError
+
+from lmesh_gateway.plan import Plan
+
+
+class Outcome(IntEnum):
+    """How a request ended; the numbers are those of lmesh.scheduler.v1.Outcome."""
+
+    FINISHED = 1
+    CANCELLED = 2
+    EXPIRED = 3
+    FAILED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """One worker's part in a placement; `lease` fences everything that is said about it."""
+
+    worker_id: str
+    epoch: str
+    address: str
+    lease: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEvent:
+    """One event of a request's timeline; `time` is Unix time in seconds."""
+
+    time: float
+    event: str
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The terminal report of a placed request; `reason` is for FAILED."""
+
+    request_id: str
+    lease: int
+    outcome: Outcome
+    reason: str = ""
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    events: tuple[RequestEvent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """A request as the scheduler knows it; `state` as in lmesh.scheduler.v1.DescribeRequestResponse."""
+
+    request_id: str
+    state: str
+    model: str
+    worker_id: str
+    timeline: tuple[RequestEvent, ...]
+    failure_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    durable: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is a terminal one."""
+        return self.state in ("FINISHED", "CANCELLED", "EXPIRED", "FAILED")
+
+
+class PlacementListener(Protocol):
+    """The owner of a submitted request. Called on the event loop; must not block or raise."""
+
+    def on_admitted(self) -> None:
+        """The scheduler has it in its queue."""
+        ...
+
+    def on_placed(self, leg: Leg) -> None:
+        """A worker is to run it."""
+        ...
+
+    def on_ended(self, error: ServiceError, outcome: Outcome) -> None:
+        """The scheduler refused, revoked or expired it, or went away before placing it."""
+        ...
+
+
+class SchedulerPort(Protocol):
+    """What a live request asks of the scheduler."""
+
+    def submit(self, plan: Plan, listener: PlacementListener) -> None:
+        """Asks for admission. Raises DuplicateRequestIdError or SchedulerUnavailableError."""
+        ...
+
+    def withdraw(self, request_id: str) -> None:
+        """The request, not placed yet, is no longer wanted."""
+        ...
+
+    def started(self, request_id: str, lease: int) -> None:
+        """Its first output has come."""
+        ...
+
+    def finished(self, report: Report) -> None:
+        """It has ended; exactly once for each placed request."""
+        ...
