@@ -122,10 +122,10 @@ class Fleet:
             )
         self._check_model(hello)
         replaced = before if before and before.hello.epoch != hello.epoch else None
-        if before and replaced is None:
-            before.linked, before.seen, before.draining = True, self._clock(), False
-            return None
-        self._workers[hello.worker_id] = Worker(hello=hello, seen=self._clock())
+        worker = Worker(hello=hello, seen=self._clock())
+        if before and replaced is None:  # the same boot on a new link: an object of its own, so that links differ
+            worker.placements, worker.heartbeat = before.placements, before.heartbeat
+        self._workers[hello.worker_id] = worker
         self._created.setdefault(hello.model.id, self._wall())
         self._left.pop(hello.model.id, None)
         return replaced

@@ -1,0 +1,41 @@
+"""Starts a scheduler: settings, Redis, then the service."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from lmesh_chassis import lifecycle, logs, tracing
+from lmesh_chassis.lifecycle import Shutdown
+from lmesh_chassis.settings import load_or_exit
+from redis.exceptions import RedisError
+
+from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.service import SchedulerService, open_redis
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The process's entry; exits 0 after a drain, 1 when fenced or failed, 2 on a bad setting or without Redis."""
+    settings = load_or_exit(SchedulerSettings, service="scheduler")
+    logs.setup("scheduler", settings.log_level)
+    sys.exit(lifecycle.run(lambda shutdown: _serve(settings, shutdown)))
+
+
+async def _serve(settings: SchedulerSettings, shutdown: Shutdown) -> int:
+    tracing.setup("scheduler", settings.otlp_endpoint)
+    try:
+        redis, incarnation = await open_redis(settings)
+    except (RedisError, OSError) as error:
+        log.error("Redis does not answer", extra={"setting": "LMESH_SCHEDULER_REDIS_URL", "detail": str(error)})
+        return 2
+    try:
+        return await SchedulerService(settings, redis, incarnation).run(shutdown)
+    finally:
+        tracing.shutdown()
+        await redis.aclose()
+
+
+if __name__ == "__main__":
+    main()

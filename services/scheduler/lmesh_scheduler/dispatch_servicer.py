@@ -1,0 +1,229 @@
+"""The Dispatch link: protos on one side, the core on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from lmesh.scheduler.v1 import dispatch_pb2 as pb
+from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
+from redis.exceptions import RedisError
+
+from lmesh_scheduler.errors import HelloRequiredError, RequestNotFoundError, SlowLinkError
+from lmesh_scheduler.fleet import CatalogEntry
+from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked
+from lmesh_scheduler.journal import Journal, parse_timeline
+from lmesh_scheduler.requests import Request, State, Submission, TimelineEvent
+from lmesh_scheduler.scheduler import Ending, Scheduler
+
+SERVICE_NAME = "lmesh.scheduler.v1.DispatchService"
+MAX_EVENTS = 100_000  # events that a gateway may leave unread
+
+RpcContext = Any  # grpc's own type leaves its messages open
+_OUTCOMES = {
+    pb.OUTCOME_FINISHED: State.FINISHED,
+    pb.OUTCOME_CANCELLED: State.CANCELLED,
+    pb.OUTCOME_EXPIRED: State.EXPIRED,
+    pb.OUTCOME_FAILED: State.FAILED,
+}
+
+
+class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
+    """One call a gateway process."""
+
+    def __init__(self, scheduler: Scheduler, journal: Journal) -> None:
+        self._scheduler, self._journal = scheduler, journal
+
+    async def Dispatch(  # type: ignore[override]  # a coroutine that writes through its context
+        self, request_iterator: object, context: RpcContext
+    ) -> None:
+        """The link; ends when the gateway ends its side."""
+        first = await context.read()
+        if first is grpc.aio.EOF or not first.hello.gateway_id:
+            raise HelloRequiredError("the first message must be a hello with a gateway_id", field="hello")
+        awake = asyncio.Event()
+        gateway = self._scheduler.gateway_joined(first.hello.gateway_id, awake.set)
+        try:
+            hello = pb.SchedulerHello(incarnation=self._scheduler.incarnation)
+            await context.write(pb.DispatchResponse(hello=hello))
+            awake.set()
+            self._take(gateway, first)
+            await self._serve(gateway, awake, context)
+        finally:
+            self._scheduler.gateway_left(gateway)
+
+    async def _serve(self, gateway: Gateway, awake: asyncio.Event, context: RpcContext) -> None:
+        reader = asyncio.create_task(self._read(gateway, context))
+        writer = asyncio.create_task(self._write(gateway, awake, context))
+        try:
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _read(self, gateway: Gateway, context: RpcContext) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            self._take(gateway, message)
+
+    async def _write(self, gateway: Gateway, awake: asyncio.Event, context: RpcContext) -> None:
+        while True:
+            await awake.wait()
+            awake.clear()
+            events, catalog = gateway.take(), gateway.catalog_due
+            gateway.catalog_due = False
+            if events or catalog:
+                await context.write(_response(events, self._scheduler.fleet.catalog() if catalog else None))
+
+    def _take(self, gateway: Gateway, message: pb.DispatchRequest) -> None:
+        if len(gateway.events) > MAX_EVENTS:
+            raise SlowLinkError(f"{len(gateway.events)} events wait to be read")
+        for submit in message.submits:
+            self._scheduler.submit(gateway, _submission(submit))
+        for cancel in message.cancels:
+            self._scheduler.cancel(gateway, cancel.request_id)
+        for started in message.started:
+            self._scheduler.started(started.request_id, started.lease)
+        for finished in message.finished:
+            self._scheduler.finished(_ending(finished))
+        for lost in message.workers_lost:
+            self._scheduler.worker_unreachable(lost.worker_id, lost.epoch)
+
+    async def DescribeRequest(
+        self, request: pb.DescribeRequestRequest, context: RpcContext
+    ) -> pb.DescribeRequestResponse:
+        """A record from memory, else from the journal."""
+        found = self._scheduler.requests.find(request.request_id)
+        if found is not None:
+            return _described(found)
+        try:
+            fields = await self._journal.read(request.request_id)
+        except (RedisError, OSError):
+            fields = None
+        if fields is None:
+            raise RequestNotFoundError(f"no record of request {request.request_id!r}", field="request_id")
+        return _described_from(request.request_id, fields)
+
+
+def _submission(submit: pb.Submit) -> Submission:
+    return Submission(
+        request_id=submit.request_id,
+        model=submit.model,
+        prompt_ids=tuple(submit.prompt_ids),
+        max_tokens=submit.max_tokens,
+        n=max(1, submit.n),
+        deadline_s=submit.deadline_ms / 1e3,
+        queue_timeout_s=submit.queue_timeout_ms / 1e3,
+        tenant=submit.tenant,
+        priority=submit.priority,
+        traceparent=submit.traceparent,
+    )
+
+
+def _ending(finished: pb.Finished) -> Ending:
+    return Ending(
+        request_id=finished.request_id,
+        lease=finished.lease,
+        state=_OUTCOMES.get(finished.outcome, State.FAILED),
+        reason=finished.reason,
+        completion_tokens=finished.completion_tokens,
+        cached_tokens=finished.cached_tokens,
+        events=[TimelineEvent(e.time.ToMicroseconds() / 1e6, e.event, dict(e.detail)) for e in finished.events],
+    )
+
+
+def _response(events: list[Event], catalog: list[CatalogEntry] | None) -> pb.DispatchResponse:
+    response = pb.DispatchResponse()
+    for event in events:
+        _add(response, event)
+    if catalog is not None:
+        response.catalog.SetInParent()
+        for entry in catalog:
+            response.catalog.entries.add(
+                model=descriptor(entry), workers=entry.workers, created=timestamp(entry.created)
+            )
+    return response
+
+
+def _add(response: pb.DispatchResponse, event: Event) -> None:
+    if isinstance(event, Queued):
+        response.queued.add(request_id=event.request_id, position=event.position)
+    elif isinstance(event, Placed):
+        leg = pb.Leg(
+            role=pb.ROLE_UNIFIED,
+            worker_id=event.worker_id,
+            epoch=event.epoch,
+            address=event.address,
+            lease=event.lease,
+        )
+        response.placed.add(request_id=event.request_id, legs=[leg])
+    elif isinstance(event, Revoked):
+        response.revoked.add(request_id=event.request_id, lease=event.lease, reason=event.reason)
+    elif isinstance(event, Expired):
+        response.expired.add(request_id=event.request_id, queued=event.queued)
+    elif isinstance(event, Refused):
+        response.refused.add(
+            request_id=event.request_id,
+            reason=event.reason,
+            message=event.message,
+            retry_after_ms=event.retry_after_ms,
+        )
+
+
+def descriptor(entry: CatalogEntry) -> model_pb2.ModelDescriptor:
+    """The wire form of a catalog entry's model."""
+    model = entry.model
+    return model_pb2.ModelDescriptor(
+        id=model.id,
+        source=model.source,
+        digest=model.digest,
+        text_digest=model.text_digest,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        block_size=model.block_size,
+    )
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Unix seconds as a protobuf timestamp."""
+    stamp = Timestamp()
+    stamp.FromMicroseconds(round(seconds * 1e6))
+    return stamp
+
+
+def _events(timeline: list[TimelineEvent]) -> list[pb.Event]:
+    return [pb.Event(time=timestamp(e.time), event=e.event, detail=e.detail) for e in timeline]
+
+
+def _described(request: Request) -> pb.DescribeRequestResponse:
+    return pb.DescribeRequestResponse(
+        request_id=request.id,
+        state=request.state.value,
+        model=request.submission.model,
+        worker_id=request.worker_id,
+        timeline=_events(request.timeline),
+        failure_reason=request.reason,
+        prompt_tokens=len(request.submission.prompt_ids),
+        completion_tokens=request.completion_tokens,
+        cached_tokens=request.cached_tokens,
+        durable=request.durable,
+    )
+
+
+def _described_from(request_id: str, fields: dict[str, str]) -> pb.DescribeRequestResponse:
+    return pb.DescribeRequestResponse(
+        request_id=request_id,
+        state=fields["state"],
+        model=fields["model"],
+        worker_id=fields["worker_id"],
+        timeline=_events(parse_timeline(fields["timeline"])),
+        failure_reason=fields["reason"],
+        prompt_tokens=int(fields["prompt_tokens"]),
+        completion_tokens=int(fields["completion_tokens"]),
+        cached_tokens=int(fields["cached_tokens"]),
+        durable=True,
+    )

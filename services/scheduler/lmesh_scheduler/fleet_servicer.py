@@ -1,0 +1,162 @@
+"""The Fleet link: protos on one side, the core on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from lmesh.scheduler.v1 import fleet_pb2 as pb
+from lmesh.scheduler.v1 import fleet_pb2_grpc, model_pb2
+
+from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.errors import HelloRequiredError
+from lmesh_scheduler.fleet import Heartbeat, Hello, ModelDescriptor, Worker
+from lmesh_scheduler.scheduler import Scheduler
+
+SERVICE_NAME = "lmesh.scheduler.v1.FleetService"
+
+RpcContext = Any  # grpc's own type leaves its messages open
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
+    """One call a worker."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: SchedulerSettings,
+        *,
+        clock: Callable[[], float],
+        journal_ok: Callable[[], bool],
+    ) -> None:
+        self._scheduler, self._settings = scheduler, settings
+        self._clock, self._journal_ok = clock, journal_ok
+
+    async def Fleet(  # type: ignore[override]  # a coroutine that writes through its context
+        self, request_iterator: object, context: RpcContext
+    ) -> None:
+        """The link; ends when the worker ends its side or goes silent for longer than its lease."""
+        first = await context.read()
+        if first is grpc.aio.EOF or not (first.hello.worker_id and first.hello.epoch):
+            raise HelloRequiredError("the first message must be a hello with worker_id and epoch", field="hello")
+        worker = self._scheduler.worker_joined(_hello(first.hello))
+        try:
+            await context.write(pb.FleetResponse(hello=self._greeting()))
+            await self._read(worker, context)
+        finally:
+            # A newer link of the same boot may have taken over meanwhile; then the worker is not gone.
+            if self._scheduler.fleet.find(first.hello.worker_id, first.hello.epoch) is worker:
+                self._scheduler.worker_unlinked(worker)
+
+    def _greeting(self) -> pb.FleetHello:
+        return pb.FleetHello(
+            incarnation=self._scheduler.incarnation,
+            heartbeat_interval_ms=round(self._settings.heartbeat_interval_s * 1e3),
+            lease_ttl_ms=round(self._settings.lease_ttl_s * 1e3),
+        )
+
+    async def _read(self, worker: Worker, context: RpcContext) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.lease_ttl_s):
+                    message = await context.read()
+            except TimeoutError:
+                return
+            if message is grpc.aio.EOF:
+                return
+            beat = _heartbeat(message.heartbeat) if message.HasField("heartbeat") else worker.heartbeat
+            self._scheduler.worker_beat(worker, beat, draining=message.draining)
+
+    async def DescribeFleet(self, request: pb.DescribeFleetRequest, context: RpcContext) -> pb.DescribeFleetResponse:
+        """The fleet as the scheduler sees it."""
+        scheduler = self._scheduler
+        return pb.DescribeFleetResponse(
+            incarnation=scheduler.incarnation,
+            queued=scheduler.queued,
+            live=len(scheduler.requests) - scheduler.queued,
+            gateways=len(scheduler.gateways),
+            workers=[self._status(worker) for worker in scheduler.fleet.workers()],
+            journal_ok=self._journal_ok(),
+        )
+
+    def _status(self, worker: Worker) -> pb.WorkerStatus:
+        return pb.WorkerStatus(
+            hello=_hello_message(worker.hello),
+            heartbeat=_heartbeat_message(worker.heartbeat),
+            heartbeat_age_ms=round(max(0.0, self._clock() - worker.seen) * 1e3),
+            placements=len(worker.placements),
+            draining=worker.draining,
+        )
+
+
+def _hello(hello: pb.WorkerHello) -> Hello:
+    model = hello.model
+    return Hello(
+        worker_id=hello.worker_id,
+        epoch=hello.epoch,
+        address=hello.address,
+        model=ModelDescriptor(
+            id=model.id,
+            source=model.source,
+            digest=model.digest,
+            text_digest=model.text_digest,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            block_size=model.block_size,
+        ),
+        max_seqs=hello.capacity.max_seqs,
+        max_step_tokens=hello.capacity.max_step_tokens,
+        kv_blocks=hello.capacity.kv_blocks,
+        device=hello.device,
+    )
+
+
+def _heartbeat(beat: pb.Heartbeat) -> Heartbeat:
+    return Heartbeat(
+        running=beat.running,
+        waiting=beat.waiting,
+        kv_blocks_used=beat.kv_blocks_used,
+        steps=beat.steps,
+        prefix_query_tokens=beat.prefix_query_tokens,
+        prefix_hit_tokens=beat.prefix_hit_tokens,
+        preemptions=beat.preemptions,
+        generated_tokens=beat.generated_tokens,
+        stuck=beat.progress == pb.PROGRESS_STUCK,
+        progress=beat.progress,
+    )
+
+
+def _hello_message(hello: Hello) -> pb.WorkerHello:
+    model = hello.model
+    return pb.WorkerHello(
+        worker_id=hello.worker_id,
+        epoch=hello.epoch,
+        address=hello.address,
+        model=model_pb2.ModelDescriptor(
+            id=model.id,
+            source=model.source,
+            digest=model.digest,
+            text_digest=model.text_digest,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            block_size=model.block_size,
+        ),
+        capacity=pb.Capacity(max_seqs=hello.max_seqs, max_step_tokens=hello.max_step_tokens, kv_blocks=hello.kv_blocks),
+        device=hello.device,
+    )
+
+
+def _heartbeat_message(beat: Heartbeat) -> pb.Heartbeat:
+    return pb.Heartbeat(
+        running=beat.running,
+        waiting=beat.waiting,
+        kv_blocks_used=beat.kv_blocks_used,
+        steps=beat.steps,
+        prefix_query_tokens=beat.prefix_query_tokens,
+        prefix_hit_tokens=beat.prefix_hit_tokens,
+        preemptions=beat.preemptions,
+        generated_tokens=beat.generated_tokens,
+        progress=beat.progress,  # type: ignore[arg-type]  # the numbers are those of Progress
+    )

@@ -1,0 +1,46 @@
+"""The scheduler's metrics, read from its core when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lmesh_scheduler.journal import Journal
+from lmesh_scheduler.scheduler import Scheduler
+
+
+class SchedulerCollector(Collector):
+    """Gauges and counters of one scheduler."""
+
+    def __init__(self, scheduler: Scheduler, journal: Journal) -> None:
+        self._scheduler, self._journal = scheduler, journal
+
+    def collect(self) -> Iterator[Metric]:
+        """The current values."""
+        scheduler, journal = self._scheduler, self._journal
+        yield _gauge("lmesh:scheduler_requests_queued", "Requests that wait for a worker.", scheduler.queued)
+        yield _gauge("lmesh:scheduler_requests_live", "Requests that have not ended.", len(scheduler.requests))
+        yield _gauge("lmesh:scheduler_gateways", "Gateways linked.", len(scheduler.gateways))
+        yield _gauge("lmesh:scheduler_workers", "Workers known.", len(scheduler.fleet.workers()))
+        yield _gauge("lmesh:scheduler_journal_ok", "1 when the journal took the last write.", int(journal.ok))
+        yield _counter("lmesh:scheduler_placements", "Placements made.", scheduler.placements_made)
+        refused = scheduler.requests.refused_transitions
+        yield _counter("lmesh:scheduler_refused_transitions", "State changes that the table does not have.", refused)
+        yield _counter("lmesh:scheduler_journal_dropped", "States pushed out of a full buffer.", journal.dropped)
+        yield _counter("lmesh:scheduler_journal_conflicts", "Records not as they were left.", journal.conflicts)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def register(registry: CollectorRegistry, scheduler: Scheduler, journal: Journal) -> None:
+    """Adds the scheduler's metrics to a registry."""
+    registry.register(SchedulerCollector(scheduler, journal))

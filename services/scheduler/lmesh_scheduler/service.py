@@ -1,0 +1,123 @@
+"""The scheduler process: the core, its links, its journal and its clock, from boot to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
+from lmesh_chassis import metrics as chassis_metrics
+from lmesh_chassis.lifecycle import Shutdown
+from lmesh_chassis.server import GrpcServer
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+
+from lmesh_scheduler import dispatch_servicer, fleet_servicer, metrics
+from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.errors import DOMAIN
+from lmesh_scheduler.fleet_store import FleetStore
+from lmesh_scheduler.journal import FencedError, Journal, next_incarnation
+from lmesh_scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+FLEET_WRITE_S = 1.0
+FLUSH_S = 5.0
+
+
+class SchedulerService:
+    """One boot of the scheduler. Redis must answer at its start, and may go away afterwards."""
+
+    def __init__(self, settings: SchedulerSettings, redis: Redis, incarnation: int) -> None:
+        self._settings = settings
+        self._journal = Journal(
+            redis,
+            incarnation=incarnation,
+            limit=settings.journal_limit,
+            live_ttl_s=settings.live_record_ttl_s,
+            ended_ttl_s=settings.record_ttl_s,
+        )
+        self.scheduler = Scheduler(
+            settings, incarnation=incarnation, clock=time.monotonic, wall=time.time, journal=self._journal.note
+        )
+        self._store = FleetStore(redis, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
+        self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
+        dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
+        self.server.add(
+            dispatch_pb2_grpc.add_DispatchServiceServicer_to_server, dispatch, dispatch_servicer.SERVICE_NAME
+        )
+        fleet = fleet_servicer.FleetServicer(
+            self.scheduler, settings, clock=time.monotonic, journal_ok=lambda: self._journal.ok
+        )
+        self.server.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, fleet, fleet_servicer.SERVICE_NAME)
+
+    async def run(self, shutdown: Shutdown) -> int:
+        """Serves until `shutdown` (0) or until a newer scheduler takes over (1)."""
+        page = await self._metrics_page()
+        port = await self.server.start()
+        self.server.set_all_serving(True)
+        log.info("ready", extra={"port": port, "incarnation": self.scheduler.incarnation})
+        journal = asyncio.create_task(self._journal.run())
+        ticks = [asyncio.create_task(self._tick()), asyncio.create_task(self._write_fleet())]
+        asked = asyncio.create_task(shutdown.wait())
+        try:
+            await asyncio.wait({journal, asked, *ticks}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                return await self._failed([journal, *ticks])
+            await self._drain()
+        finally:
+            for task in (journal, asked, *ticks):
+                task.cancel()
+            await asyncio.gather(journal, asked, *ticks, return_exceptions=True)
+            if page is not None:
+                await page.close()
+        await self._journal.drain(FLUSH_S)
+        return 0
+
+    async def _metrics_page(self) -> chassis_metrics.MetricsServer | None:
+        settings = self._settings
+        if not settings.metrics_port:
+            return None
+        registry = CollectorRegistry()
+        metrics.register(registry, self.scheduler, self._journal)
+        return await chassis_metrics.serve(
+            settings.metrics_port, host=settings.metrics_host, healthy=self.server.serving, registry=registry
+        )
+
+    async def _failed(self, tasks: list[asyncio.Task[None]]) -> int:
+        for task in tasks:
+            if task.done() and (error := task.exception()) is not None:
+                fenced = isinstance(error, FencedError)
+                log.error("fenced" if fenced else "the scheduler failed", exc_info=None if fenced else error)
+        await self.server.drain(0)
+        return 1
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.scheduler.tick()
+
+    async def _write_fleet(self) -> None:
+        while True:
+            await asyncio.sleep(FLEET_WRITE_S)
+            await self._store.write(self.scheduler.fleet.workers())
+
+    async def _drain(self) -> None:
+        """Nothing new; live requests end while the links stay up; then the links are cut."""
+        self.scheduler.draining = True
+        self.server.stop_serving()
+        log.info("draining", extra={"live": len(self.scheduler.requests)})
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        # Looked at as often as the clock ticks: a live request may end by any of a dozen events.
+        while len(self.scheduler.requests) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(TICK_S)
+        await self.server.drain(0)
+
+
+async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int]:
+    """A connection that answers, and this boot's incarnation. Raises RedisError or OSError."""
+    timeout = settings.redis_timeout_s
+    redis = Redis.from_url(settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout)
+    return redis, await next_incarnation(redis)
