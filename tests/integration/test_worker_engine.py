@@ -82,21 +82,21 @@ async def test_real_tokens_abort_and_drain(model: Path) -> None:
             gateway = Gateway(run_pb2_grpc.RunServiceStub(channel).Run(timeout=120))
             await gateway.attach(hello.epoch)
             prompts = {1: [72, 101, 108, 108, 111], 2: list(range(100))}
-            long = start(3, ids=[5, 6, 7], max_tokens=400)
-            await gateway.start(*(start(slot, ids=ids, max_tokens=12) for slot, ids in prompts.items()), long)
-            await gateway.read_until_finished((1, 101), (2, 102))
+            long = start(3, ids=[5, 6, 7], max_tokens=500)
+            await gateway.start(long, *(start(slot, ids=ids, max_tokens=12) for slot, ids in prompts.items()))
+            await gateway.read()
+            await gateway.abort(3, 103)
+            await gateway.read_until_finished((1, 101), (2, 102), (3, 103))
+            assert gateway.received[3, 103].finish == ABORTED
             for slot, ids in prompts.items():
                 assert gateway.received[slot, 100 + slot].ids == greedy(model, ids, 12)
                 assert gateway.received[slot, 100 + slot].finish == LENGTH
-            await gateway.abort(3, 103)
-            await gateway.read_until_finished((3, 103))
-            assert gateway.received[3, 103].finish == ABORTED
             await until(lambda: scheduler.heartbeat.running == 0 and scheduler.heartbeat.kv_blocks_used == 0)
-            await gateway.start(start(4, ids=[9, 9], max_tokens=100))
+            await gateway.start(start(4, ids=[9, 9], max_tokens=300))
             await gateway.read()
             process.send_signal(signal.SIGTERM)
             await gateway.read_until_finished((4, 104))
-            assert len(gateway.received[4, 104].ids) == 100
+            assert len(gateway.received[4, 104].ids) == 300
             assert await gateway.read() is None
         assert process.stderr
         log = (await asyncio.wait_for(process.stderr.read(), 60)).decode()

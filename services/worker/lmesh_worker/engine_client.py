@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import subprocess
@@ -11,12 +12,23 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
-from lmesh_chassis.lifecycle import arm_parent_death_signal
 
 from lmesh_worker.errors import ENGINE_DIED, EngineFailedError
 from lmesh_worker.messages import Command, Fatal, ProgressChange, Ready, Report, Shutdown, StepReport
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "lmesh_worker.engine.process")
+
+# Runs in between and becomes the engine: PR_SET_PDEATHSIG (1) with SIGKILL (9) survives the exec. A preexec_fn would do
+# the same in a plain fork of this process, with whatever threads and gRPC's fork handlers it has by then.
+_LAUNCHER = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+_DIE_WITH_PARENT = (sys.executable, "-I", "-S", "-c", _LAUNCHER)
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
@@ -48,11 +60,10 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [*command, "--source", source, "--fd", str(theirs.fileno())],
+                [*_DIE_WITH_PARENT, str(os.getpid()), *command, "--source", source, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),  # whatever a library prints is no place for our ready line's readers
-                preexec_fn=_die_with_server,  # nothing but one prctl, and there is no other thread yet
             )
         with contextlib.suppress(BrokenPipeError):  # died already: `ready` will say so
             ours.sendall(frame(config))
@@ -133,7 +144,3 @@ class EngineClient:
             return await asyncio.to_thread(self._process.wait, timeout_s)
         except subprocess.TimeoutExpired:
             return None
-
-
-def _die_with_server() -> None:
-    arm_parent_death_signal()

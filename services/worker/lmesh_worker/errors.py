@@ -7,7 +7,7 @@ from lmesh_chassis.errors import ServiceError
 
 DOMAIN = "lmesh.worker"
 
-# Reasons of sequences that end with ERROR; they ride in StepOutputs, not in a status.
+# Reasons of sequences that end with ERROR; they ride in StepOutputs, not in a status. See also start_check.
 ENGINE_DIED = "ENGINE_DIED"
 SLOT_IN_USE = "SLOT_IN_USE"
 

@@ -17,6 +17,8 @@ from lmesh_worker.session import Session, Stream
 
 SERVICE_NAME = "lmesh.worker.v1.RunService"
 
+_HELLO_TIMEOUT_S = 10.0
+
 RpcContext = Any  # grpc's own type leaves its messages open
 
 
@@ -37,12 +39,8 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         self, request_iterator: object, context: RpcContext
     ) -> None:
         """The link; ends when the gateway ends its side, when a newer stream takes over, or when the worker leaves."""
-        first = await context.read()
-        if first is grpc.aio.EOF or not first.HasField("hello"):
-            raise HelloRequiredError("the first message must be a hello", field="hello")
+        first = await _first(context)
         hello = first.hello
-        if not hello.gateway_id:
-            raise HelloRequiredError("a gateway must name itself", field="hello.gateway_id")
         session, stream = self._sessions.attach(hello.gateway_id, hello.epoch, hello.resume_after_step_seq)
         try:
             await context.write(self._greeting(hello.resume_after_step_seq + 1))
@@ -92,6 +90,21 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
             step = await session.next_step(stream)
             await context.write(run_pb2.RunResponse(outputs=_outputs(step)))
             self._sessions.written(stream, step.step_seq)
+
+
+async def _first(context: RpcContext) -> run_pb2.RunRequest:
+    """The message with the hello."""
+    try:
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            first = await context.read()
+    except TimeoutError:
+        raise HelloRequiredError(f"no hello came within {_HELLO_TIMEOUT_S:g} s", field="hello") from None
+    if first is grpc.aio.EOF or not first.HasField("hello"):
+        raise HelloRequiredError("the first message must be a hello", field="hello")
+    if not first.hello.gateway_id:
+        raise HelloRequiredError("a gateway must name itself", field="hello.gateway_id")
+    request: run_pb2.RunRequest = first
+    return request
 
 
 def _order(start: run_pb2.Start) -> StartOrder:
