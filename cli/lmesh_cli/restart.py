@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# A service exits with this status when its settings are wrong: trying again cannot help.
+# A service exits with this status when its settings are wrong: at its first start trying again cannot help.
 BAD_SETTINGS_STATUS = 2
 
 
@@ -41,7 +41,7 @@ class RestartPolicy:
         if ready and lived_s >= self._steady_s:
             self._deaths = 0
         self._deaths += 1
-        if status == BAD_SETTINGS_STATUS and not ready:
+        if status == BAD_SETTINGS_STATUS and not self._was_ready:
             return None
         if self._deaths > (self._limit if self._was_ready else self._first_limit):
             return None

@@ -1,0 +1,161 @@
+"""The shape of a local mesh: models, ports, and how workers share a machine."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+from lmesh_cli import log_files, ports, services
+from lmesh_cli.devices import share_of_machine, visible_gpus
+from lmesh_cli.launch import UpRequest
+from lmesh_cli.plan import MeshPlan, ModelChoice, PlanError, derived_id, lay_out, parse_models
+from lmesh_cli.ports import PortTakenError
+
+SMALL = ModelChoice(id="small", asked="./small", source="/models/small")
+BIG = ModelChoice(id="big", asked="hub:o/big", source="hub:o/big@1")
+
+
+def free_port() -> int:
+    return ports.pick(1)[0]
+
+
+def plan(*models: ModelChoice, workers: int = 1, gateways: int = 1) -> MeshPlan:
+    http, grpc = ports.pick(2)
+    return lay_out(models, workers=workers, gateways=gateways, http_port=http, grpc_port=grpc)
+
+
+class TestModels:
+    def test_default_is_the_small_one(self) -> None:
+        assert parse_models([]) == {"smollm2-135m-instruct": "smollm2-135m-instruct"}
+
+    @pytest.mark.parametrize(
+        ("source", "wanted"),
+        [
+            ("hub:HuggingFaceTB/SmolLM2-135M-Instruct@main", "smollm2-135m-instruct"),
+            ("./models/Qwen3-0.6B/", "qwen3-0.6b"),
+            ("/data/tiny.Q4_1.gguf", "tiny.q4_1"),
+            ("packaged:smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ],
+    )
+    def test_id_is_derived_as_the_worker_derives_it(self, source: str, wanted: str) -> None:
+        from lmesh_worker.config import model_id_of
+
+        assert derived_id(source) == model_id_of(source) == wanted
+
+    @pytest.mark.parametrize("option", ["=x", "a=", "a b=x", "-a=x"])
+    def test_malformed_is_refused(self, option: str) -> None:
+        with pytest.raises(PlanError, match="id=source"):
+            parse_models([option])
+
+    def test_one_id_twice_is_refused(self) -> None:
+        with pytest.raises(PlanError, match="twice"):
+            parse_models(["a=x", "a=y"])
+
+
+class TestPorts:
+    def test_taken_port_is_named_with_its_option(self) -> None:
+        with socket.socket() as holder:
+            holder.bind((ports.HOST, 0))
+            holder.listen()
+            port = holder.getsockname()[1]
+            with pytest.raises(PortTakenError, match=rf"port {port}.*--http-port"):
+                lay_out([SMALL], workers=1, gateways=1, http_port=port, grpc_port=free_port())
+            with pytest.raises(PortTakenError, match=rf"port {port}.*--grpc-port"):
+                lay_out([SMALL], workers=1, gateways=1, http_port=free_port(), grpc_port=port)
+            assert port not in ports.pick(3, preferred=(port,))
+
+    def test_port_of_a_closed_connection_is_free(self) -> None:
+        with socket.create_server((ports.HOST, 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection((ports.HOST, port)):
+                accepted, _ = server.accept()
+                accepted.close()  # the server's side closes first and stays in TIME_WAIT
+        assert ports.is_free(port)
+
+    def test_same_public_port_twice(self) -> None:
+        with pytest.raises(PlanError, match="both 4321"):
+            lay_out([SMALL], workers=1, gateways=1, http_port=4321, grpc_port=4321)
+
+    def test_no_port_comes_twice(self) -> None:
+        made = plan(SMALL, BIG, workers=3)
+        used = [made.http_port, made.grpc_port, made.scheduler_port, made.scheduler_metrics_port]
+        used += [port for worker in made.workers for port in (worker.port, worker.metrics_port)]
+        assert len(set(used)) == len(used) == 4 + 2 * 6
+
+
+class TestPlan:
+    def test_survives_json(self) -> None:
+        made = plan(SMALL, BIG, workers=2, gateways=3)
+        assert MeshPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+    def test_shape_is_what_was_asked_for(self) -> None:
+        made = plan(SMALL, BIG, workers=2, gateways=3)
+        request = UpRequest(
+            models=["small=./small", "big=hub:o/big"],
+            workers=2,
+            gateways=3,
+            http_port=made.http_port,
+            grpc_port=made.grpc_port,
+            timeout_s=1,
+        )
+        assert made.shape() == request.shape()
+
+    def test_services(self) -> None:
+        made = plan(SMALL, BIG, workers=2)
+        specs = {s.name: s for s in services.build(made, None, {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})}
+        assert list(specs) == ["scheduler", "worker-0", "worker-1", "worker-2", "worker-3", "gateway"]
+        assert specs["scheduler"].env["LMESH_SCHEDULER_REDIS_URL"] == "redis://mine"
+        assert [specs[f"worker-{i}"].env["LMESH_WORKER_MODEL_ID"] for i in range(4)] == ["small"] * 2 + ["big"] * 2
+        assert specs["worker-3"].env["LMESH_WORKER_MODEL"] == "hub:o/big@1"
+        order = sorted(specs.values(), key=lambda s: s.stop_stage)
+        assert order[0].name == "gateway" and order[-1].name == "scheduler"
+
+
+class TestSharing:
+    def test_a_lone_worker_gets_the_machine(self) -> None:
+        assert share_of_machine(1, {}, gpus=["0"], cores=8) == [{}]
+
+    def test_cpu_is_divided(self) -> None:
+        shares = share_of_machine(2, {}, gpus=[], cores=8)
+        assert [share["LMESH_WORKER_THREADS"] for share in shares] == ["4", "4"]
+        assert sum(float(share["LMESH_WORKER_MEMORY_FRACTION"]) for share in shares) <= 0.8
+
+    def test_gpus_go_round(self) -> None:
+        shares = share_of_machine(3, {}, gpus=["2", "5"], cores=8)
+        assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["2", "5", "2"]
+        assert "LMESH_WORKER_MEMORY_FRACTION" not in shares[1]
+        assert shares[0]["LMESH_WORKER_MEMORY_FRACTION"] == shares[2]["LMESH_WORKER_MEMORY_FRACTION"] == "0.450"
+
+    def test_what_the_user_set_stays(self) -> None:
+        shares = share_of_machine(2, {"LMESH_WORKER_THREADS": "1"}, gpus=[], cores=8)
+        assert all("LMESH_WORKER_THREADS" not in share for share in shares)
+
+    def test_visible_gpus(self, tmp_path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        assert visible_gpus({}, tmp_path) == ["0", "1"]
+        assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, 7"}, tmp_path) == ["3", "7"]
+        assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == []
+        assert visible_gpus({"LMESH_WORKER_DEVICE": "cpu"}, tmp_path) == []
+        assert visible_gpus({}, tmp_path / "absent") == []
+
+
+class TestLogFiles:
+    def test_a_long_log_is_moved_under_its_writer(self, tmp_path) -> None:
+        path = tmp_path / "service.log"
+        with log_files.open_append(path) as writer:
+            writer.write(b"old " * 100)
+            writer.flush()
+            assert not log_files.bound(path, 400)
+            assert log_files.bound(path, 399)
+            writer.write(b"new\n")
+            writer.flush()
+            assert path.read_bytes() == b"new\n"
+        assert (tmp_path / "service.log.1").read_bytes() == b"old " * 100
+
+    def test_tail(self, tmp_path) -> None:
+        path = tmp_path / "service.log"
+        assert log_files.tail(path) == ""
+        path.write_text("".join(f"line {i}\n" for i in range(50)))
+        assert log_files.tail(path, 2) == "line 48\nline 49"
