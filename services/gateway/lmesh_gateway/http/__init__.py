@@ -1,0 +1,1 @@
+"""The OpenAI HTTP surface, over the same core as the gRPC API."""

@@ -1,0 +1,88 @@
+"""ServiceErrors as OpenAI error bodies, and what only HTTP can get wrong."""
+
+from __future__ import annotations
+
+import math
+
+from fastapi.responses import JSONResponse
+from grpc import StatusCode
+
+from lmesh_gateway.errors import InvalidArgumentError, ServiceError
+
+_STATUS = {
+    StatusCode.INVALID_ARGUMENT: 400,
+    StatusCode.OUT_OF_RANGE: 400,
+    StatusCode.FAILED_PRECONDITION: 400,
+    StatusCode.UNAUTHENTICATED: 401,
+    StatusCode.PERMISSION_DENIED: 403,
+    StatusCode.NOT_FOUND: 404,
+    StatusCode.ALREADY_EXISTS: 409,
+    StatusCode.ABORTED: 409,
+    StatusCode.RESOURCE_EXHAUSTED: 429,
+    StatusCode.CANCELLED: 499,  # what proxies log for a request that its client gave up
+    StatusCode.UNIMPLEMENTED: 501,
+    StatusCode.UNAVAILABLE: 503,
+    StatusCode.DEADLINE_EXCEEDED: 504,
+}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+# The core names fields as the gRPC API does; OpenAI's have no groups.
+_FIELDS = {"text.prompt": "prompt", "tokens.ids": "prompt"}
+
+
+class MalformedBodyError(InvalidArgumentError):
+    """The body is not the JSON that the endpoint takes."""
+
+    reason = "MALFORMED_BODY"
+
+
+class UnsupportedParameterError(InvalidArgumentError):
+    """A parameter that OpenAI or vLLM has and lmesh does not have yet."""
+
+    reason = "UNSUPPORTED_PARAMETER"
+
+
+class UnknownParameterError(InvalidArgumentError):
+    """A parameter that nobody has: most likely a typing mistake."""
+
+    reason = "UNKNOWN_PARAMETER"
+
+
+class BodyTooLargeError(ServiceError):
+    """The body is larger than this gateway takes."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_TOO_LARGE"
+
+
+def http_status(error: ServiceError) -> int:
+    """The HTTP status of an error."""
+    return 413 if error.reason == BodyTooLargeError.reason else _STATUS.get(error.code, 500)
+
+
+def error_body(error: ServiceError) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error object; `code` is the reason."""
+    status = http_status(error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param = None if error.field is None else openai_field(error.field)
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.reason}}
+
+
+def openai_field(field: str) -> str:
+    """The parameter that a field of the core came from."""
+    head, _, rest = field.partition("[")
+    name = _FIELDS.get(head, head.rsplit(".", 1)[-1])
+    return f"{name}[{rest}" if rest else name
+
+
+def error_response(error: ServiceError) -> JSONResponse:
+    """The response that tells an error."""
+    headers = {}
+    if error.retry_after_ms is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_ms / 1000))
+    return JSONResponse(error_body(error), status_code=http_status(error), headers=headers)
