@@ -43,11 +43,12 @@ def platform() -> Platform:
 def decoder_on(device: torch.device, dtype: torch.dtype) -> Decoder:
     """The same random weights wherever it is."""
     decoder = Decoder(CONFIG, dtype=dtype, device=device)
-    values = torch.randn(decoder.arena.numel(), generator=torch.Generator().manual_seed(0)) * 0.15
-    decoder.arena.copy_(values)
+    generator = torch.Generator().manual_seed(0)
+    # Slot by slot: the arena's own gaps between slots depend on the dtype.
     for name, slot in decoder.named_buffers():
-        if "norm" in name:
-            slot.add_(1.0)
+        if name != "rotations":
+            mean = 1.0 if "norm" in name else 0.0
+            slot.copy_(torch.randn(slot.shape, generator=generator) * 0.15 + mean)
     return decoder
 
 
