@@ -18,22 +18,22 @@ class Keepalive:
     timeout_s: float = 10.0
 
 
-def link_options(keepalive: Keepalive, max_message_bytes: int) -> Options:
-    """Options for a server and for a channel alike."""
+def link_options(keepalive: Keepalive, max_message_bytes: int, max_send_bytes: int | None = None) -> Options:
+    """Options for a server and for a channel alike; `max_send_bytes` None is as much as may be received, -1 any."""
     return [
         ("grpc.keepalive_time_ms", round(keepalive.time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(keepalive.timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # 0: without limit, a stream may be quiet for hours
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes if max_send_bytes is None else max_send_bytes),
     ]
 
 
-def server_options(keepalive: Keepalive, max_message_bytes: int) -> Options:
+def server_options(keepalive: Keepalive, max_message_bytes: int, max_send_bytes: int | None = None) -> Options:
     """Options for a server: it must not punish a client for pinging a quiet stream."""
     return [
-        *link_options(keepalive, max_message_bytes),
+        *link_options(keepalive, max_message_bytes, max_send_bytes),
         ("grpc.http2.min_ping_interval_without_data_ms", 1),
         ("grpc.http2.max_ping_strikes", 0),
     ]

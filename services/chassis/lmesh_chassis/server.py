@@ -33,6 +33,7 @@ class GrpcServer:
         reuse_port: bool = False,
         reflection: bool = True,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_send_bytes: int | None = None,
         keepalive: Keepalive | None = None,
     ) -> None:
         self._address = address
@@ -40,7 +41,7 @@ class GrpcServer:
         self._names: list[str] = []
         self._health = HealthServicer()
         options = [
-            *server_options(keepalive or Keepalive(), max_message_bytes),
+            *server_options(keepalive or Keepalive(), max_message_bytes, max_send_bytes),
             ("grpc.so_reuseport", 1 if reuse_port else 0),
         ]
         self._server = grpc.aio.server(interceptors=[*standard_interceptors(domain), *interceptors], options=options)

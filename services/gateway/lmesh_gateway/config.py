@@ -21,9 +21,14 @@ class GatewaySettings(ChassisSettings):
     tokenizer_threads: int = 2
     template_processes: int = 2
     template_timeout_s: float = 2.0
+    max_requests: int = 4096  # live requests of one process; more are refused
     run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
+    scheduler_grace_s: float = 10.0  # how long requests that wait for a worker survive without a scheduler
+    reuse_port: bool = False  # other processes listen on the same addresses; set for the copies of `processes`
 
     def __post_init__(self) -> None:
         """Checks across fields; ValueError stops the boot."""
         if self.processes < 1 or self.tokenizer_threads < 1 or self.template_processes < 1:
             raise ValueError("processes, tokenizer_threads and template_processes must be at least 1")
+        if self.default_deadline_s <= 0 or self.default_queue_timeout_s <= 0 or self.max_requests < 1:
+            raise ValueError("default_deadline_s, default_queue_timeout_s and max_requests must be positive")

@@ -5,7 +5,7 @@ Everything here is a plain value; no protobuf, no HTTP. Failures travel as `lmes
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -163,7 +163,7 @@ Event: TypeAlias = Accepted | Delta | ChoiceEnd | Finish
 class Generator(Protocol):
     """Runs requests on the mesh."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields Accepted, then Deltas and one ChoiceEnd a choice (its last event), then Finish.
 
         Nothing happens before the first `anext`. Closing the iterator (`aclose`, or cancelling the task that awaits

@@ -32,21 +32,23 @@ DROPPED_OUTPUTS = Counter("lmesh:dropped_outputs", "Worker outputs under a lease
 class RequestMetrics:
     """Feeds the metrics of one request; times are from its construction."""
 
-    def __init__(self, model: str, n: int) -> None:
-        self._model = model
+    def __init__(self) -> None:
+        self._model = ""
         self._began = time.monotonic()
-        self._last: list[float | None] = [None] * n
-        self._first = True
+        self._last: dict[int, float] = {}
+
+    def named(self, model: str) -> None:
+        """The model is known to exist; a name that a client made up must not become a label."""
+        self._model = model
 
     def tokens(self, choice: int, count: int) -> None:
         """A choice got `count` new tokens just now."""
         if not count:
             return
         now = time.monotonic()
-        if self._first:
-            self._first = False
+        if not self._last:
             TTFT.labels(self._model).observe(now - self._began)
-        before, self._last[choice] = self._last[choice], now
+        before, self._last[choice] = self._last.get(choice), now
         if before is not None:
             for _ in range(count):
                 INTER_TOKEN.labels(self._model).observe((now - before) / count)
@@ -58,3 +60,7 @@ class RequestMetrics:
         GENERATION_TOKENS.labels(self._model).observe(completion_tokens)
         for reason in reasons:
             SUCCESS.labels(self._model, reason).inc()
+
+    def failed(self, reason: str) -> None:
+        """The request was refused, or ended before it was complete."""
+        FAILED.labels(self._model, reason).inc()

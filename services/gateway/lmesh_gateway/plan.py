@@ -23,7 +23,7 @@ class SequenceParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is submitted and run. `deadline_s` and `queue_timeout_s` count from `created` (Unix time in seconds)."""
+    """What is submitted and run. The two deadlines are by `time.monotonic`, `created` is Unix time in seconds."""
 
     request_id: str
     model: ServedModel
@@ -32,8 +32,8 @@ class Plan:
     n: int
     stop: tuple[str, ...]
     keep_special_tokens: bool
-    deadline_s: float
-    queue_timeout_s: float
+    deadline_at: float
+    queue_deadline_at: float
     tenant: str
     traceparent: str
     created: float

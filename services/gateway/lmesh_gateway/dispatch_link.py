@@ -1,0 +1,267 @@
+"""The Dispatch link to the scheduler: one stream for all requests of this process, and calls about single requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from lmesh.scheduler.v1 import dispatch_pb2, dispatch_pb2_grpc, model_pb2
+from lmesh_chassis import tracing
+from lmesh_chassis.channel import connect
+from lmesh_chassis.errors import RemoteError, from_rpc_error
+from lmesh_chassis.links import Link
+
+from lmesh_gateway.dispatch_session import DispatchBatch, DispatchSession
+from lmesh_gateway.errors import (
+    DOMAIN,
+    CancelledError,
+    DeadlineExceededError,
+    RequestEndedError,
+    RequestNotFoundError,
+    SchedulerUnavailableError,
+)
+from lmesh_gateway.models import CatalogModel
+from lmesh_gateway.placement import Leg, Outcome, PlacementListener, Report, RequestEvent, RequestRecord
+from lmesh_gateway.plan import Plan
+
+_CALL_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 2.0
+
+
+class DispatchLink:
+    """Requests up, placements down. `on_catalog` hears of every change of what is served.
+
+    A link that breaks is opened again; requests that wait for a worker survive that for `grace_s`, placed ones as
+    long as it takes.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        gateway_id: str,
+        *,
+        grace_s: float,
+        on_catalog: Callable[[list[CatalogModel]], None],
+    ) -> None:
+        self._gateway_id = gateway_id
+        self._grace_s = grace_s
+        self._on_catalog = on_catalog
+        self._session = DispatchSession()
+        self._grace: asyncio.TimerHandle | None = None
+        self._channel = connect(address, domain=DOMAIN, retries=False)
+        self._stub = dispatch_pb2_grpc.DispatchServiceStub(self._channel)
+        self._link: Link[dispatch_pb2.DispatchRequest, dispatch_pb2.DispatchResponse] = Link(
+            self._stub.Dispatch,
+            name="dispatch",
+            hello=self._hello,
+            collect=self._collect,
+            on_connected=self._on_connected,
+            on_message=self._on_message,
+            on_broken=self._on_broken,
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the scheduler is there."""
+        return self._link.connected
+
+    def open(self) -> None:
+        """Begins to keep the link up."""
+        self._task = asyncio.create_task(self._link.run())
+
+    async def close(self) -> None:
+        """Sends what is left to say and ends the link; reports that nobody takes are dropped."""
+        self._link.close()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=_CLOSE_TIMEOUT_S)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._grace is not None:
+            self._grace.cancel()
+        await self._channel.close()
+
+    def submit(self, plan: Plan, listener: PlacementListener) -> None:
+        """Asks for admission. Raises DuplicateRequestIdError or SchedulerUnavailableError."""
+        if not self.connected:
+            raise SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)
+        self._session.submit(plan, listener)
+        self._link.wake()
+
+    def withdraw(self, request_id: str) -> None:
+        """A request that was not placed is no longer wanted."""
+        self._session.withdraw(request_id)
+        self._link.wake()
+
+    def started(self, request_id: str, lease: int) -> None:
+        """The first output of a request has come."""
+        self._session.started(request_id, lease)
+        self._link.wake()
+
+    def finished(self, report: Report) -> None:
+        """A placed request has ended."""
+        self._session.finished(report)
+        self._link.wake()
+
+    def worker_lost(self, worker_id: str, epoch: str) -> None:
+        """A Run link was given up."""
+        self._session.worker_lost(worker_id, epoch)
+        self._link.wake()
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancels a live request of any gateway. Raises RequestNotFoundError or RequestEndedError."""
+        entry = self._session.live(request_id)
+        if entry is not None:
+            entry.listener.on_ended(CancelledError("the request was cancelled"), Outcome.CANCELLED)
+            return
+        # The report may still be on its way to the scheduler: what ended here needs no question.
+        if self._session.ended_lately(request_id) or (await self.describe(request_id)).ended:
+            raise RequestEndedError(f"request {request_id} has ended already", field="request_id")
+        self._session.cancel(request_id)
+        self._link.wake()
+
+    async def describe(self, request_id: str) -> RequestRecord:
+        """A request's record. Raises RequestNotFoundError or SchedulerUnavailableError."""
+        request = dispatch_pb2.DescribeRequestRequest(request_id=request_id)
+        try:
+            record = await self._stub.DescribeRequest(
+                request, timeout=_CALL_TIMEOUT_S, metadata=tracing.outgoing_metadata()
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(from_rpc_error(error), request_id) from error
+        return _record(record)
+
+    def _hello(self) -> dispatch_pb2.DispatchRequest:
+        return dispatch_pb2.DispatchRequest(hello=dispatch_pb2.GatewayHello(gateway_id=self._gateway_id))
+
+    def _collect(self) -> dispatch_pb2.DispatchRequest | None:
+        batch = self._session.collect()
+        return None if batch is None else _request(batch)
+
+    def _on_connected(self, first: dispatch_pb2.DispatchResponse) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        self._session.connected()
+        self._on_message(first)
+
+    def _on_message(self, message: dispatch_pb2.DispatchResponse) -> None:
+        if message.HasField("catalog"):
+            self._on_catalog([_model(entry) for entry in message.catalog.entries])
+        for queued in message.queued:
+            self._session.on_queued(queued.request_id)
+        for placed in message.placed:
+            self._session.on_placed(placed.request_id, _leg(placed.legs[0]))
+        for revoked in message.revoked:
+            self._session.on_revoked(revoked.request_id, revoked.lease, revoked.reason)
+        for expired in message.expired:
+            self._session.on_expired(expired.request_id, expired.queued)
+        for refused in message.refused:
+            self._session.on_refused(refused.request_id, refused.reason, refused.message, refused.retry_after_ms)
+        self._link.wake()
+
+    def _on_broken(self, error: RemoteError | None) -> bool:
+        del error  # the link has logged it
+        self._session.broken()
+        if self._grace is None:
+            self._grace = asyncio.get_running_loop().call_later(self._grace_s, self._session.give_up)
+        return True
+
+
+def _request(batch: DispatchBatch) -> dispatch_pb2.DispatchRequest:
+    return dispatch_pb2.DispatchRequest(
+        submits=[_submit(plan) for plan in batch.submits],
+        cancels=[dispatch_pb2.Cancel(request_id=request_id) for request_id in batch.cancels],
+        started=[dispatch_pb2.Started(request_id=request_id, lease=lease) for request_id, lease in batch.started],
+        finished=[_finished(report) for report in batch.finished],
+        workers_lost=[dispatch_pb2.WorkerLost(worker_id=w, epoch=epoch) for w, epoch in batch.workers_lost],
+    )
+
+
+def _submit(plan: Plan) -> dispatch_pb2.Submit:
+    return dispatch_pb2.Submit(
+        request_id=plan.request_id,
+        model=plan.model.id,
+        prompt_ids=plan.prompt_ids,
+        max_tokens=plan.params.max_tokens,
+        n=plan.n,
+        deadline_ms=_remaining_ms(plan.deadline_at),
+        queue_timeout_ms=_remaining_ms(plan.queue_deadline_at),
+        tenant=plan.tenant,
+        traceparent=plan.traceparent,
+    )
+
+
+def _remaining_ms(deadline_at: float) -> int:
+    # 0 would mean no deadline; the field has 32 bits.
+    return min(max(1, round((deadline_at - time.monotonic()) * 1000)), 2**32 - 1)
+
+
+def _finished(report: Report) -> dispatch_pb2.Finished:
+    return dispatch_pb2.Finished(
+        request_id=report.request_id,
+        lease=report.lease,
+        outcome=dispatch_pb2.Outcome.ValueType(report.outcome),
+        reason=report.reason,
+        completion_tokens=report.completion_tokens,
+        cached_tokens=report.cached_tokens,
+        events=[
+            dispatch_pb2.Event(time=_timestamp(event.time), event=event.event, detail=event.detail)
+            for event in report.events
+        ],
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(round(seconds * 1e9))
+    return stamp
+
+
+def _leg(leg: dispatch_pb2.Leg) -> Leg:
+    return Leg(worker_id=leg.worker_id, epoch=leg.epoch, address=leg.address, lease=leg.lease)
+
+
+def _model(entry: model_pb2.CatalogEntry) -> CatalogModel:
+    model = entry.model
+    return CatalogModel(
+        id=model.id,
+        source=model.source,
+        digest=model.digest,
+        text_digest=model.text_digest,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        workers=entry.workers,
+        created=entry.created.ToNanoseconds() / 1e9,
+    )
+
+
+def _record(record: dispatch_pb2.DescribeRequestResponse) -> RequestRecord:
+    return RequestRecord(
+        request_id=record.request_id,
+        state=record.state,
+        model=record.model,
+        worker_id=record.worker_id,
+        timeline=tuple(
+            RequestEvent(time=event.time.ToNanoseconds() / 1e9, event=event.event, detail=dict(event.detail))
+            for event in record.timeline
+        ),
+        failure_reason=record.failure_reason,
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.completion_tokens,
+        cached_tokens=record.cached_tokens,
+        durable=record.durable,
+    )
+
+
+def _call_error(
+    error: RemoteError, request_id: str
+) -> RequestNotFoundError | DeadlineExceededError | SchedulerUnavailableError:
+    if error.code is grpc.StatusCode.NOT_FOUND:
+        return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
+    if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceededError("the scheduler did not answer in time")
+    return SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)

@@ -1,0 +1,143 @@
+"""The gateway as a whole: its parts wired, served, and drained in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+
+from lmesh.inference.v1 import inference_pb2_grpc
+from lmesh_chassis import metrics
+from lmesh_chassis.lifecycle import Shutdown
+from lmesh_chassis.server import GrpcServer
+from lmesh_kernels.text.sandbox import TemplateSandbox
+
+from lmesh_gateway.config import GatewaySettings
+from lmesh_gateway.dispatch_link import DispatchLink
+from lmesh_gateway.errors import DOMAIN
+from lmesh_gateway.generation import Generator, ModelDirectory
+from lmesh_gateway.generator import Limits, MeshGenerator
+from lmesh_gateway.http_server import Asgi, HttpServer, bind
+from lmesh_gateway.models import CatalogDirectory
+from lmesh_gateway.prompts import PromptBuilder
+from lmesh_gateway.run_links import RunLinks
+from lmesh_gateway.servicer import SERVICE_NAME, InferenceServicer
+
+_log = logging.getLogger(__name__)
+
+_READY_POLL_S = 0.05
+# Builds the HTTP face over the core; `ready()` says whether the gateway can serve.
+AppBuilder = Callable[[Generator, ModelDirectory, Callable[[], bool]], Asgi]
+
+
+class Gateway:
+    """One gateway process. `run` is its whole life."""
+
+    def __init__(self, settings: GatewaySettings, build_app: AppBuilder) -> None:
+        self._settings = settings
+        self._build_app = build_app
+        self.gateway_id = uuid.uuid4().hex
+        self.directory = CatalogDirectory()
+        self._dispatch = DispatchLink(
+            settings.scheduler,
+            self.gateway_id,
+            grace_s=settings.scheduler_grace_s,
+            on_catalog=self.directory.feed,
+        )
+        self._runs = RunLinks(
+            self.gateway_id, grace_s=settings.run_resume_grace_s, on_worker_lost=self._dispatch.worker_lost
+        )
+        self._prompts = PromptBuilder(
+            TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
+            threads=settings.tokenizer_threads,
+        )
+        self.generator = MeshGenerator(
+            directory=self.directory,
+            prompts=self._prompts,
+            scheduler=self._dispatch,
+            workers=self._runs,
+            limits=Limits(
+                deadline_s=settings.default_deadline_s,
+                queue_timeout_s=settings.default_queue_timeout_s,
+                max_requests=settings.max_requests,
+            ),
+        )
+        self._grpc = GrpcServer(
+            settings.grpc_address,
+            domain=DOMAIN,
+            reuse_port=settings.reuse_port,
+            reflection=settings.reflection,
+            max_message_bytes=settings.max_body_bytes,
+            max_send_bytes=-1,  # a prompt's log-probabilities are as large as the client asked for
+        )
+        self._http: HttpServer | None = None
+        self._page: metrics.MetricsServer | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Linked to the scheduler, every model of its catalog loaded or known to be unusable, and not draining."""
+        return self._dispatch.connected and self.directory.settled and not self.generator.draining
+
+    async def run(self, shutdown: Shutdown) -> int:
+        """Serves until `shutdown`, then drains; the exit status."""
+        await self.start()
+        watch = asyncio.create_task(self._watch())
+        try:
+            await shutdown.wait()
+        finally:
+            watch.cancel()
+            await self.drain()
+        return 0
+
+    async def start(self) -> None:
+        """Listens on both addresses and links to the scheduler; OSError when an address is taken."""
+        settings = self._settings
+        sock = bind(settings.http_address, reuse_port=settings.reuse_port)
+        app = self._build_app(self.generator, self.directory, lambda: self.ready)
+        self._http = HttpServer(app, sock, drain_timeout_s=settings.drain_timeout_s)
+        servicer = InferenceServicer(self.generator, self.directory, self._dispatch)
+        self._grpc.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
+        await self._grpc.start()
+        await self._http.start()
+        if settings.metrics_port:
+            self._page = await metrics.serve(
+                settings.metrics_port, host=settings.metrics_host, healthy=lambda: self.ready
+            )
+        self._dispatch.open()
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """The bound (gRPC, HTTP) ports."""
+        return self._grpc.port, self._http.port if self._http is not None else 0
+
+    async def drain(self) -> None:
+        """Not ready, nothing new; live streams end within the drain timeout; then the links say their last and end."""
+        self.generator.draining = True
+        self._grpc.set_all_serving(False)
+        _log.info("draining", extra={"timeout_s": self._settings.drain_timeout_s})
+        await asyncio.gather(self._grpc.drain(self._settings.drain_timeout_s), self._drain_http())
+        await self._runs.close()
+        await self._dispatch.close()
+        await self.directory.close()
+        await self._prompts.close()
+        if self._page is not None:
+            await self._page.close()
+
+    async def _drain_http(self) -> None:
+        if self._http is not None:
+            await self._http.drain()
+
+    async def _watch(self) -> None:
+        """Keeps health in step with readiness."""
+        was_ready = False
+        while True:
+            if self.ready != was_ready:
+                was_ready = self.ready
+                self._grpc.set_all_serving(was_ready)
+                if was_ready:
+                    grpc_port, http_port = self.ports
+                    _log.info("ready", extra={"grpc_port": grpc_port, "http_port": http_port})
+                else:
+                    _log.warning("not ready", extra={"linked": self._dispatch.connected})
+            await asyncio.sleep(_READY_POLL_S)

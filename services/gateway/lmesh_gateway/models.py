@@ -1,0 +1,139 @@
+"""The models that can be asked for: fed by the scheduler's catalog, each with its tokenizer loaded here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lmesh_chassis.backoff import Backoff
+from lmesh_kernels.text.digests import text_digest
+from lmesh_kernels.text.generation import GenerationDefaults, load_generation_defaults
+from lmesh_kernels.text.resolve import ModelNotFoundError as FilesNotFoundError
+from lmesh_kernels.text.resolve import resolve
+from lmesh_kernels.text.tokenizer import TextTokenizer, load_tokenizer
+
+from lmesh_gateway.errors import ModelLoadingError, ModelNotFoundError, ModelUnusableError
+from lmesh_gateway.generation import ServedModel
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogModel:
+    """A model as the scheduler announces it; see lmesh.scheduler.v1.ModelDescriptor. `created` is Unix seconds."""
+
+    id: str
+    source: str
+    digest: str
+    text_digest: str
+    max_model_len: int
+    vocab_size: int
+    workers: int
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    tokenizer: TextTokenizer
+    defaults: GenerationDefaults
+
+
+class CatalogDirectory:
+    """Implements `generation.ModelDirectory`. Tokenizers are loaded in a thread, once for each text digest."""
+
+    def __init__(self) -> None:
+        self._catalog: dict[str, CatalogModel] = {}
+        self._texts: dict[str, _Text] = {}
+        self._faults: dict[str, str] = {}  # text digest -> why it cannot be used
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load-model")
+        self._fed = False
+
+    @property
+    def settled(self) -> bool:
+        """A catalog has come, and every model in it is usable or known not to be."""
+        known = self._texts.keys() | self._faults.keys()
+        return self._fed and all(model.text_digest in known for model in self._catalog.values())
+
+    def feed(self, catalog: list[CatalogModel]) -> None:
+        """Takes a new catalog, whole; begins to load what is new in it."""
+        self._catalog = {model.id: model for model in catalog}
+        self._fed = True
+        wanted = {model.text_digest for model in catalog}
+        self._texts = {digest: text for digest, text in self._texts.items() if digest in wanted}
+        for digest in self._loads.keys() - wanted:
+            self._loads.pop(digest).cancel()
+            self._faults.pop(digest, None)
+        for model in catalog:
+            if model.text_digest not in self._texts and model.text_digest not in self._loads:
+                self._loads[model.text_digest] = asyncio.create_task(self._load(model))
+
+    def list(self) -> list[ServedModel]:
+        """The usable models, by id."""
+        found = (self._served(model) for _, model in sorted(self._catalog.items()))
+        return [model for model in found if model is not None]
+
+    def get(self, model: str) -> ServedModel:
+        """The model of that id; raises ModelNotFoundError, ModelLoadingError or ModelUnusableError."""
+        entry = self._catalog.get(model)
+        if entry is None:
+            known = ", ".join(sorted(self._catalog)) or "none"
+            raise ModelNotFoundError(f"no worker serves {model!r}; served now: {known}", field="model")
+        if (served := self._served(entry)) is not None:
+            return served
+        if (fault := self._faults.get(entry.text_digest)) is not None:
+            raise ModelUnusableError(f"{model} cannot be used through this gateway: {fault}", field="model")
+        raise ModelLoadingError(f"the tokenizer of {model} is being loaded; try again", retry_after_ms=1000)
+
+    def _served(self, model: CatalogModel) -> ServedModel | None:
+        text = self._texts.get(model.text_digest)
+        if text is None:
+            return None
+        return ServedModel(
+            id=model.id,
+            digest=model.digest,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size or text.tokenizer.vocab_size,
+            created=model.created,
+            workers=model.workers,
+            tokenizer=text.tokenizer,
+            defaults=text.defaults,
+        )
+
+    async def _load(self, model: CatalogModel) -> None:
+        """Loads until it works: a hub out of reach or files that are not there yet mend themselves."""
+        backoff = Backoff(first_s=1.0, most_s=30.0)
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                self._texts[model.text_digest] = await loop.run_in_executor(self._pool, _load_text, model)
+                break
+            except (FilesNotFoundError, OSError, ValueError) as error:
+                self._faults[model.text_digest] = str(error)
+                extra = {"model": model.id, "source": model.source, "detail": str(error)}
+                _log.error("model cannot be used", extra=extra)
+                await asyncio.sleep(backoff.next_s())
+        self._faults.pop(model.text_digest, None)
+        self._loads.pop(model.text_digest, None)
+        _log.info("model usable", extra={"model": model.id, "source": model.source})
+
+    async def close(self) -> None:
+        """Stops loading."""
+        for task in self._loads.values():
+            task.cancel()
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _load_text(model: CatalogModel) -> _Text:
+    """Runs in a thread. ValueError when the files here are not those of the workers."""
+    files = resolve(model.source)
+    found = text_digest(files)
+    if found != model.text_digest:
+        raise ValueError(
+            f"tokenizer and chat template of {model.source} have digest {found[:12]} here and "
+            f"{model.text_digest[:12]} at the workers; give both the same files"
+        )
+    return _Text(load_tokenizer(files), load_generation_defaults(files))
