@@ -77,8 +77,13 @@ class Chat:
 
 
 def pick_model(address: str, wanted: str | None) -> str:
-    """`wanted`, or the mesh's only model. Raises MeshError when that is not clear."""
-    served = mesh_link.list_models(address)
+    """`wanted`, or the mesh's only model. Raises MeshError when that is not clear, or nobody answers."""
+    try:
+        served = mesh_link.list_models(address)
+    except MeshError as error:
+        if error.reason != "UNAVAILABLE":
+            raise
+        raise MeshError("", f"no gateway answers at {address}; `lmesh up` starts one") from error
     if wanted is not None and wanted not in served:
         raise MeshError("MODEL_NOT_FOUND", f"no model {wanted!r}; served: {', '.join(served) or 'none'}")
     if wanted is None and len(served) != 1:
