@@ -161,29 +161,34 @@ def _wait_ready(run_dir: RunDir, pid: int, timeout_s: float, console: Console) -
     deadline = time.monotonic() + timeout_s
     try:
         with console.status("starting") as status:
-            while True:
-                state = run_dir.read()
-                if state is not None and state.pid == pid:
-                    if state.phase in ("ready", "degraded"):
-                        return state
-                    if state.phase in ("failed", "stopping", "stopped"):
-                        raise LaunchError(_why(state, run_dir))
+            while time.monotonic() < deadline:
+                state = _own_state(run_dir, pid)
+                if state is not None and state.phase in ("ready", "degraded"):
+                    return state
+                if _gone(pid, state) or (state is not None and state.phase != "starting"):
+                    why = _why(state, run_dir)
+                    _wait(lambda: run_dir.live() is None, 4 * services.STOP_TIMEOUT_S)  # it stops the rest
+                    raise LaunchError(why)
+                if state is not None:
                     status.update(", ".join(f"{s.name} {s.state}" for s in state.services))
-                if _gone(pid, state):
-                    raise LaunchError(_why(state, run_dir))
-                if time.monotonic() > deadline:
-                    down(run_dir, console, now=True)
-                    raise LaunchError(f"not ready after {timeout_s:.0f} s (--timeout); logs: {run_dir.logs}")
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
         down(run_dir, console, now=True)
         raise
+    down(run_dir, console, now=True)
+    raise LaunchError(f"not ready after {timeout_s:.0f} s (--timeout); logs: {run_dir.logs}")
+
+
+def _own_state(run_dir: RunDir, pid: int) -> MeshState | None:
+    """The state that supervisor `pid` published; None before its first."""
+    state = run_dir.read()
+    return state if state is not None and state.pid == pid else None
 
 
 def _gone(pid: int, state: MeshState | None) -> bool:
     if any(process.pid == pid and process.poll() is not None for process in _spawned):
         return True
-    return state is not None and state.pid == pid and not state.alive
+    return state is not None and not state.alive
 
 
 def _why(state: MeshState | None, run_dir: RunDir) -> str:
