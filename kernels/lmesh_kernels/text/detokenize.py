@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from lmesh_kernels.text.byte_rules import ByteRule, strip_start
 from lmesh_kernels.text.tokenizer import TextTokenizer
 
 _REPLACEMENT = "\ufffd"
@@ -13,13 +14,17 @@ _REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Turns a growing list of ids into a growing text; all pushes and the flush make the text of all ids.
 
-    `prompt_ids` are ids before the first one pushed. They matter where a token's text hangs on its neighbours
-    (SentencePiece drops the space of a first word); byte-level tokenizers do not need them.
+    `prompt_ids` are ids before the first one pushed. They matter where a token's text hangs on its place
+    (SentencePiece drops the space of a text's first word); byte-level tokenizers do not need them.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> None:
-        kind = _ByteWise if tokenizer.is_byte_level else _Windowed
-        self._impl: _ByteWise | _Windowed = kind(tokenizer, skip_special_tokens, prompt_ids)
+        rule = tokenizer.byte_rule
+        self._impl: _ByteWise | _Windowed = (
+            _Windowed(tokenizer, skip_special_tokens, prompt_ids)
+            if rule is None
+            else _ByteWise(tokenizer, rule, skip_special_tokens, prompt_ids)
+        )
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` complete; bytes of an unfinished character are kept back."""
@@ -33,24 +38,35 @@ class Detokenizer:
 class _ByteWise:
     """An id is a fixed run of bytes, so a streaming UTF-8 decoder does it, O(1) an id."""
 
-    def __init__(self, tokenizer: TextTokenizer, skip: bool, prompt_ids: Sequence[int]) -> None:
-        del prompt_ids  # bytes do not depend on what stands before
+    def __init__(self, tokenizer: TextTokenizer, rule: ByteRule, skip: bool, prompt_ids: Sequence[int]) -> None:
         self._bytes = tokenizer.token_bytes
         self._skipped = tokenizer.special_ids if skip else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Only the very beginning of a text is stripped: after a prompt that shows any token nothing is.
+        self._strip = 0 if any(i not in self._skipped for i in prompt_ids) else rule.strip
 
     def push(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(self._bytes(i) for i in ids if i not in self._skipped))
+        return self._stripped(self._decoder.decode(b"".join(self._bytes(i) for i in ids if i not in self._skipped)))
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._stripped(self._decoder.decode(b"", final=True))
+
+    def _stripped(self, text: str) -> str:
+        if not self._strip or not text:
+            return text
+        rest = strip_start(text, self._strip)
+        self._strip = 0 if rest else self._strip - len(text)
+        return rest
 
 
 class _Windowed:
-    """Decodes a short window twice, with and without the new id; what differs is the new text."""
+    """Decodes a short window with and without the new id; what differs is the new text.
+
+    For decoders that look at a token's neighbours (Metaspace, WordPiece), which have no tokens of single bytes.
+    """
 
     CONTEXT = 6  # ids before the window that a decoder may look at
-    LONGEST = 16  # ids of one unfinished character (byte fallback needs 4); more means the bytes are no UTF-8
+    LONGEST = 16  # ids that one unfinished character may take; more means that the bytes are no UTF-8
 
     def __init__(self, tokenizer: TextTokenizer, skip: bool, prompt_ids: Sequence[int]) -> None:
         self._tokenizer, self._skip = tokenizer, skip

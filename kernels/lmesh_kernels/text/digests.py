@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
+import tempfile
 from pathlib import Path
 
 from lmesh_kernels.text.resolve import ModelFiles, cache_folder
+
+log = logging.getLogger(__name__)
 
 TEXT_FILES = (
     "tokenizer.json",
@@ -15,6 +18,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "config.json",  # both configs may add end-of-sequence ids
 )
 WEIGHT_PATTERNS = ("config.json", "*.safetensors")
 
@@ -44,12 +48,28 @@ def file_digest(path: Path) -> str:
     stat = real.stat()
     stamp = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}"
     note = cache_folder() / "digests" / f"{hashlib.sha256(stamp.encode()).hexdigest()}.json"
-    if note.is_file():
-        return str(json.loads(note.read_text())["sha256"])
+    known = _remembered(note)
+    if known is not None:
+        return known
     with real.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    part = note.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"path": str(real), "sha256": digest}))
-    part.replace(note)
+    _remember(note, {"path": str(real), "sha256": digest})
     return digest
+
+
+def _remembered(note: Path) -> str | None:
+    try:
+        return str(json.loads(note.read_text())["sha256"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _remember(note: Path, found: dict[str, str]) -> None:
+    """Keeps a digest for next time, atomically; a cache that cannot be written costs only that."""
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as part:
+            json.dump(found, part)
+        Path(part.name).replace(note)
+    except OSError as error:
+        log.warning("the digest of %s is not kept: %s", found["path"], error)

@@ -15,6 +15,7 @@ class GenerationDefaults:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    max_new_tokens: int | None = None
 
 
 def load_generation_defaults(files: ModelFiles) -> GenerationDefaults:
@@ -22,9 +23,13 @@ def load_generation_defaults(files: ModelFiles) -> GenerationDefaults:
     path = files.path / "generation_config.json"
     if files.format == "gguf" or not path.is_file():
         return GenerationDefaults()
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
+    longest = config.get("max_new_tokens")
     if config.get("do_sample") is False:
-        return GenerationDefaults(temperature=0.0)
+        return GenerationDefaults(temperature=0.0, max_new_tokens=longest)
     return GenerationDefaults(
-        temperature=config.get("temperature"), top_p=config.get("top_p"), top_k=config.get("top_k")
+        temperature=config.get("temperature"),
+        top_p=config.get("top_p"),
+        top_k=config.get("top_k"),
+        max_new_tokens=longest,
     )

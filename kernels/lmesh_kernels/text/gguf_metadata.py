@@ -21,13 +21,22 @@ class GgufError(ValueError):
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """All key-value pairs of the file; arrays are lists. Raises GgufError."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise GgufError(f"{path} is not a GGUF file")
-        version = _U32.unpack_from(data, 4)[0]
-        if version not in (2, 3):
-            raise GgufError(f"{path} is GGUF version {version}; versions 2 and 3 are read")
-        return _Reader(data, 16).pairs(_U64.unpack_from(data, 16)[0])
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(data, path)
+    except (struct.error, MemoryError, ValueError) as error:  # mmap refuses an empty file with ValueError
+        if isinstance(error, GgufError):
+            raise
+        raise GgufError(f"{path} is cut short or damaged: {error}") from error
+
+
+def _read(data: mmap.mmap, path: Path) -> dict[str, Any]:
+    if data[:4] != b"GGUF":
+        raise GgufError(f"{path} is not a GGUF file")
+    version = _U32.unpack_from(data, 4)[0]
+    if version not in (2, 3):
+        raise GgufError(f"{path} is GGUF version {version}; versions 2 and 3 are read")
+    return _Reader(data, 16).pairs(_U64.unpack_from(data, 16)[0])
 
 
 class _Reader:
@@ -50,6 +59,8 @@ class _Reader:
 
     def _string(self) -> str:
         length = self._take(_U64)
+        if length > len(self._data) - self._at:
+            raise GgufError(f"a text of {length} bytes does not fit into the file")
         self._at += length
         return self._data[self._at - length : self._at].decode("utf-8", "replace")
 

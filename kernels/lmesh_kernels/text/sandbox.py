@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import struct
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -53,46 +54,51 @@ class TemplateSandbox:
 
     async def _run(self, frame: bytes) -> dict[str, str]:
         process = await self._slots.get()
+        whole = False
         try:
             if process is None or process.returncode is not None:
                 process = await self._spawn()
             # Starting is not the template's time: the helper says when it is ready.
-            return dict(json.loads(await asyncio.wait_for(_exchange(process, frame), self._timeout_s)))
+            answer = await asyncio.wait_for(_exchange(process, frame), self._timeout_s)
+            whole = True
+            return dict(json.loads(answer))
         except TimeoutError as error:
-            await _kill(process)
-            process = None
             message = f"the chat template did not end within {self._timeout_s:g} s"
             raise TemplateError("TEMPLATE_TIMEOUT", message) from error
         except (EOFError, ConnectionError) as error:
-            await _kill(process)
-            process = None
-            raise TemplateError("TEMPLATE_FAILED", "the chat template needs too much memory") from error
-        except asyncio.CancelledError:
-            await _kill(process)  # half an exchange would answer the next caller
-            process = None
-            raise
+            message = "the process that rendered the chat template ended; most likely it needed too much memory"
+            raise TemplateError("TEMPLATE_FAILED", message) from error
         finally:
-            await self._put_back(process)
-
-    async def _put_back(self, process: Process | None) -> None:
-        if self._closed:
-            await _kill(process)
-            process = None
-        self._slots.put_nowait(process)
+            # Nothing is awaited here, so that no cancellation can lose the slot. After half an exchange, a
+            # cancelled one included, the rest of the answer would be taken for the next caller's.
+            keep = whole and not self._closed
+            if not keep:
+                _kill(process)
+            self._slots.put_nowait(process if keep else None)
 
     async def _spawn(self) -> Process:
-        module = ["-P", "-m", "lmesh_kernels.text.render_process", str(self._memory_bytes)]
-        process = await asyncio.create_subprocess_exec(sys.executable, *module, stdin=PIPE, stdout=PIPE)
+        arguments = ["-P", "-m", "lmesh_kernels.text.render_process", str(os.getpid()), str(self._memory_bytes)]
+        process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdin=PIPE, stdout=PIPE)
         assert process.stdout is not None
-        await process.stdout.readexactly(1)
+        try:
+            await process.stdout.readexactly(1)
+        except BaseException as error:
+            _kill(process)
+            if isinstance(error, EOFError):
+                raise RuntimeError("the process that renders templates did not start") from error
+            raise
         return process
 
     async def close(self) -> None:
         """Ends the idle helpers; one that is rendering ends when it has answered."""
         self._closed = True
-        for _ in range(self._slots.qsize()):
-            await _kill(self._slots.get_nowait())
+        idle = [self._slots.get_nowait() for _ in range(self._slots.qsize())]
+        for process in idle:
+            _kill(process)
             self._slots.put_nowait(None)
+        for process in idle:
+            if process is not None:
+                await process.wait()
 
 
 def _result(answer: dict[str, str]) -> str:
@@ -109,8 +115,8 @@ async def _exchange(process: Process, frame: bytes) -> bytes:
     return await process.stdout.readexactly(length)
 
 
-async def _kill(process: Process | None) -> None:
+def _kill(process: Process | None) -> None:
+    """Ends a helper at once; the event loop reaps it."""
     if process is not None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = list[dict[str, Any]]
+_LONGEST_MESSAGE = 1000  # characters of an error's text, which the template may choose
 
 
 class TemplateError(ValueError):
@@ -52,13 +52,16 @@ def _raise_exception(message: str) -> NoReturn:
     raise _Refusal(message)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = _tojson
-    now: Callable[[str], str] = lambda form: datetime.now().strftime(form)  # noqa: E731
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 
 
@@ -78,20 +81,33 @@ def render(
 ) -> str:
     """The prompt text of a conversation.
 
-    `special_tokens` are names and texts (bos_token ...) that the template may write; `extra` further variables.
+    `special_tokens` are names and texts (bos_token ...) that the template may write; `extra` further variables, which
+    cannot replace messages, tools or add_generation_prompt.
     Runs in this process and so may loop or eat memory: what is not trusted goes through `TemplateSandbox`.
     Raises TemplateError.
     """
-    variables = {**special_tokens, **(extra or {}), "messages": messages, "tools": tools, "documents": None}
+    variables = {
+        "documents": None,
+        **special_tokens,
+        **(extra or {}),
+        "messages": messages,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        return _compiled(template).render(**variables, add_generation_prompt=add_generation_prompt)
-    except _Refusal as refusal:
-        raise TemplateError("TEMPLATE_REFUSED", f"the chat template refuses these messages: {refusal}") from refusal
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(
-            "TEMPLATE_INVALID", f"the chat template is no Jinja, line {error.lineno}: {error}"
-        ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise TemplateError("TEMPLATE_FAILED", f"the chat template failed: {error}") from error
-    except (RecursionError, MemoryError) as error:
-        raise TemplateError("TEMPLATE_FAILED", f"the chat template needs too much: {type(error).__name__}") from error
+        return _compiled(template).render(variables)
+    except Exception as error:
+        raise _named(error) from error
+
+
+def _named(error: Exception) -> TemplateError:
+    said = str(error)[:_LONGEST_MESSAGE]
+    if isinstance(error, _Refusal):
+        return TemplateError("TEMPLATE_REFUSED", f"the chat template refuses these messages: {said}")
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return TemplateError("TEMPLATE_INVALID", f"the chat template is no Jinja, line {error.lineno}: {said}")
+    if isinstance(error, SyntaxError):
+        return TemplateError("TEMPLATE_INVALID", f"the chat template is nested too deep: {said}")
+    if isinstance(error, (RecursionError, MemoryError)):
+        return TemplateError("TEMPLATE_FAILED", f"the chat template needs too much: {type(error).__name__}")
+    return TemplateError("TEMPLATE_FAILED", f"the chat template failed: {said or type(error).__name__}")

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 
+from lmesh_kernels.text.byte_rules import ByteRule, byte_rule, strip_start
 from lmesh_kernels.text.gguf_metadata import read_metadata
 from lmesh_kernels.text.gguf_tokenizer import build_tokenizer
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-in of every byte in byte-level BPE (GPT-2's table): 188 stand for themselves."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in own}
-    rest = [b for b in range(256) if b not in set(own)]
-    return table | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-_BYTE_OF = _byte_alphabet()
-assert set(_BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 class TextTokenizer:
@@ -53,16 +41,13 @@ class TextTokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*([eos] if eos is not None else []), *eos_ids]))
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._added = {i: token.content for i, token in added.items()}
+        self.byte_rule: ByteRule | None = byte_rule(json.loads(tokenizer.to_str())["decoder"])
+        # Added tokens are cut out of the text as it stands, so they stand for their own text.
+        self._bytes: dict[int, bytes] = {i: token.content.encode() for i, token in added.items()}
 
     def _id(self, name: str) -> int | None:
         content = self.special_tokens.get(name)
         return None if content is None else self._tokenizer.token_to_id(content)
-
-    @cached_property
-    def is_byte_level(self) -> bool:
-        """Whether an id's bytes do not depend on its neighbours."""
-        return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of `text`; special tokens written out in it are recognised.
@@ -77,21 +62,25 @@ class TextTokenizer:
         return ids[1:] if ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        if self.byte_rule is None:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        data = b"".join(self.token_bytes(i) for i in ids if i not in skipped)
+        return strip_start(data.decode("utf-8", "replace"), self.byte_rule.strip)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
+        """The bytes that one id stands for; none for an id outside the vocabulary."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._make_bytes(token_id)
+        return known
+
+    def _make_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
-        if self.is_byte_level:
-            return bytes(_BYTE_OF[c] for c in token) if all(c in _BYTE_OF for c in token) else token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("\u2581", " ").encode()
+        return token.encode() if self.byte_rule is None else self.byte_rule.token_bytes(token)
 
     def token_text(self, token_id: int) -> str:
         """One id's text by itself; part of a character shows as U+FFFD."""
@@ -113,9 +102,10 @@ def _from_gguf(path: Path) -> TextTokenizer:
     return TextTokenizer(
         build_tokenizer(metadata),
         special_tokens={name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)},
-        eos_ids=[i for i in (metadata.get("tokenizer.ggml.eot_token_id"),) if i is not None],
+        eos_ids=[i for key in ("eot", "eom") if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None],
         chat_template=metadata.get("tokenizer.chat_template"),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+        # A Llama 3 file that does not say so has a BOS all the same.
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe")),
     )
 
 
@@ -126,7 +116,7 @@ def _from_folder(folder: Path) -> TextTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{folder} has no tokenizer.json; save the tokenizer as a fast one")
-    config = _json(folder / "tokenizer_config.json")
+    config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     return TextTokenizer(
         Tokenizer.from_file(str(path)),
         special_tokens={name: _content(config[name]) for name in _NAMED if config.get(name)},
@@ -137,7 +127,7 @@ def _from_folder(folder: Path) -> TextTokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:
@@ -148,7 +138,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the tokenizer config's (of several named ones the default)."""
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        return beside.read_text()
+        return beside.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: str(entry["template"]) for entry in template}
