@@ -46,6 +46,14 @@ class Submitted:
     leg: Leg | None = None
 
 
+@dataclass(slots=True, eq=False)
+class Ended:
+    """A request that ended here; `stream` is the one that its report went out on, 0 before."""
+
+    report: Report | None
+    stream: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class DispatchBatch:
     """What goes to the scheduler in one message."""
@@ -71,7 +79,8 @@ class DispatchSession:
 
     def __init__(self) -> None:
         self._live: dict[str, Submitted] = {}
-        self._ended: OrderedDict[str, Report | None] = OrderedDict()
+        self._ended: OrderedDict[str, Ended] = OrderedDict()
+        self._stream = 0  # how many streams there were
         self._outbox = DispatchBatch()
         self._writing = DispatchBatch()
 
@@ -127,11 +136,15 @@ class DispatchSession:
         self._outbox.submits, whole.submits = whole.submits[count:], whole.submits[:count]
         for plan in whole.submits:
             self._live[plan.request_id].sent = True
+        for report in whole.finished:
+            if (ended := self._ended.get(report.request_id)) is not None:
+                ended.stream = self._stream
         self._writing = whole
         return None if whole.empty else whole
 
     def connected(self) -> None:
         """A stream is up."""
+        self._stream += 1
         waiting = {plan.request_id for plan in self._outbox.submits}
         for request_id, entry in self._live.items():
             if entry.leg is None and request_id not in waiting:
@@ -172,12 +185,13 @@ class DispatchSession:
 
     def _report_again(self, request_id: str, leg: Leg) -> None:
         """Placed, and ended here: the report was lost, or the withdrawal crossed the placement."""
-        report = self._ended.get(request_id)
-        if report is None or report.lease != leg.lease:
-            report = Report(request_id=request_id, lease=leg.lease, outcome=Outcome.CANCELLED)
-            self._ended[request_id] = report
-        if report not in self._outbox.finished:
-            self._outbox.finished.append(report)
+        ended = self._ended.get(request_id)
+        if ended is None or ended.report is None or ended.report.lease != leg.lease:
+            ended = Ended(Report(request_id=request_id, lease=leg.lease, outcome=Outcome.CANCELLED))
+            self._remember(request_id, ended)
+        assert ended.report is not None
+        if ended.stream != self._stream and ended.report not in self._outbox.finished:
+            self._outbox.finished.append(ended.report)
 
     def on_revoked(self, request_id: str, lease: int, reason: str) -> None:
         """The scheduler took a lease back, or ended a queued request."""
@@ -220,8 +234,11 @@ class DispatchSession:
     def _forget(self, request_id: str, report: Report | None) -> Submitted | None:
         entry = self._live.pop(request_id, None)
         if entry is not None:
-            self._ended[request_id] = report
-            self._ended.move_to_end(request_id)
-            while len(self._ended) > _ENDED_KEPT:
-                self._ended.popitem(last=False)
+            self._remember(request_id, Ended(report))
         return entry
+
+    def _remember(self, request_id: str, ended: Ended) -> None:
+        self._ended[request_id] = ended
+        self._ended.move_to_end(request_id)
+        while len(self._ended) > _ENDED_KEPT:
+            self._ended.popitem(last=False)

@@ -1,0 +1,323 @@
+"""A scheduler and a worker that do what a test says, over real sockets: the gateway's peers, without their inside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from lmesh.scheduler.v1 import dispatch_pb2 as dp
+from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
+from lmesh.worker.v1 import run_pb2 as rp
+from lmesh.worker.v1 import run_pb2_grpc
+from lmesh_chassis.server import GrpcServer
+
+
+class Changes:
+    """Lets a test wait for what it wants to be true, without polling."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def note(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await self._changed.wait()
+
+
+@dataclass(eq=False)
+class Running:
+    """A start as the worker took it."""
+
+    start: rp.Start
+    next_pos: int
+    worker: ScriptedWorker
+    ended: bool = False
+
+    def give(self, ids: Sequence[int], finish: Any = rp.SEQUENCE_FINISH_UNSPECIFIED, **columns: Any) -> None:
+        self.worker.step([(self, ids, finish)], **columns)
+
+
+class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
+    """Takes starts and aborts like a worker; gives the outputs that the test scripts."""
+
+    def __init__(self, worker_id: str = "worker-1", epoch: str = "epoch-1") -> None:
+        self.worker_id, self.epoch = worker_id, epoch
+        self.changes = Changes()
+        self.sequences: list[Running] = []
+        self.aborts: list[tuple[int, int]] = []
+        self.hellos: list[rp.RunHello] = []
+        self.acked = 0
+        self.steps: list[rp.StepOutputs] = []
+        self.refuse: grpc.StatusCode | None = None
+        self.lost = 0
+        self.deaf = False  # takes what comes and loses it, as a connection does that is about to break
+        self._break = asyncio.Event()
+        self._attached = 0
+        self.server = GrpcServer("127.0.0.1:0", domain="lmesh.worker", reflection=False)
+
+    async def open(self) -> None:
+        self.server.add(run_pb2_grpc.add_RunServiceServicer_to_server, self, "lmesh.worker.v1.RunService")
+        self.port = await self.server.start()
+
+    async def close(self) -> None:
+        await self.break_stream()
+        await self.server.drain(0)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def break_stream(self) -> None:
+        """Returns once nothing more goes out on the stream that there was."""
+        self._break.set()
+        self._break = asyncio.Event()
+        await self.changes.until(lambda: not self._attached)
+
+    async def sequence(self, index: int) -> Running:
+        await self.changes.until(lambda: len(self.sequences) > index)
+        return self.sequences[index]
+
+    def step(
+        self, parts: Sequence[tuple[Running, Sequence[int], Any]], *, lease: int | None = None, **columns: Any
+    ) -> None:
+        outputs = rp.StepOutputs(step_seq=len(self.steps) + 1, weights_version=1)
+        for sequence, ids, finish in parts:
+            outputs.slot.append(sequence.start.slot)
+            outputs.lease.append(sequence.start.lease if lease is None else lease)
+            outputs.start_pos.append(sequence.next_pos)
+            outputs.n_new.append(len(ids))
+            outputs.ids.extend(ids)
+            outputs.finish.append(finish)
+            if lease is None:
+                sequence.next_pos += len(ids)
+                sequence.ended = finish != rp.SEQUENCE_FINISH_UNSPECIFIED
+        for name, values in columns.items():
+            getattr(outputs, name).extend(values)
+        self.steps.append(outputs)
+        self.changes.note()
+
+    async def Run(self, request_iterator: Any, context: Any) -> None:
+        hello = (await context.read()).hello
+        self.hellos.append(hello)
+        if self.refuse is not None:
+            await context.abort(self.refuse, "scripted")
+        broken = self._break
+        await context.write(rp.RunResponse(hello=rp.WorkerRunHello(worker_id=self.worker_id, epoch=self.epoch)))
+        self._attached += 1
+        self.changes.note()
+        tasks = [
+            asyncio.create_task(self._read(context)),
+            asyncio.create_task(self._write(context, hello.resume_after_step_seq)),
+            asyncio.create_task(broken.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._attached -= 1
+            self.changes.note()
+        if broken.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted break")
+
+    async def _read(self, context: Any) -> None:
+        while (request := await context.read()) is not grpc.aio.EOF:
+            if self.deaf:
+                self.lost += len(request.starts)
+            else:
+                self._take(request)
+            self.changes.note()
+
+    def _take(self, request: rp.RunRequest) -> None:
+        self.acked = max(self.acked, request.acked_step_seq)
+        for start in request.starts:
+            live = [s for s in self.sequences if s.start.slot == start.slot and not s.ended]
+            assert not live, f"slot {start.slot} is in use"
+            self.sequences.append(Running(start, len(start.ids), self))
+        for abort in request.aborts:
+            self.aborts.append((abort.slot, abort.lease))
+            for sequence in self.sequences:
+                if (sequence.start.slot, sequence.start.lease) == (abort.slot, abort.lease) and not sequence.ended:
+                    sequence.give([], rp.SEQUENCE_FINISH_ABORTED)
+
+    async def _write(self, context: Any, cursor: int) -> None:
+        while True:
+            await self.changes.until(lambda after=cursor: len(self.steps) > after, 60.0)
+            cursor += 1
+            await context.write(rp.RunResponse(outputs=self.steps[cursor - 1]))
+
+
+@dataclass(frozen=True)
+class ServedText:
+    """The model that the scripted scheduler announces."""
+
+    id: str
+    source: str
+    text_digest: str
+    max_model_len: int = 8192
+    vocab_size: int = 49152
+
+
+@dataclass(eq=False)
+class Record:
+    """What the scheduler keeps of a request."""
+
+    submit: dp.Submit
+    lease: int = 0
+    state: str = "QUEUED"
+    finished: list[dp.Finished] = field(default_factory=list)
+    started: int = 0
+
+
+class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
+    """Places each submission on `worker` at once, unless `react` does something else with it."""
+
+    def __init__(self, model: ServedText, worker: ScriptedWorker) -> None:
+        self.model, self.worker = model, worker
+        self.changes = Changes()
+        self.records: dict[str, Record] = {}
+        self.cancels: list[str] = []
+        self.workers_lost: list[str] = []
+        self.react: Callable[[Record], None] = self.place
+        self._outbox: list[dp.DispatchResponse] = []
+        self._break = asyncio.Event()
+        self._leases = 100
+        self.server = GrpcServer("127.0.0.1:0", domain="lmesh.scheduler", reflection=False)
+
+    async def open(self) -> None:
+        self.server.add(
+            dispatch_pb2_grpc.add_DispatchServiceServicer_to_server, self, "lmesh.scheduler.v1.DispatchService"
+        )
+        self.port = await self.server.start()
+
+    async def close(self) -> None:
+        self.break_stream()
+        await self.server.drain(0)
+
+    def break_stream(self) -> None:
+        self._break.set()
+        self._break = asyncio.Event()
+
+    async def record(self, index: int = 0) -> Record:
+        await self.changes.until(lambda: len(self.records) > index)
+        return list(self.records.values())[index]
+
+    async def begun(self, index: int = 0) -> Record:
+        record = await self.record(index)
+        await self.changes.until(lambda: record.started)
+        return record
+
+    async def ended(self, index: int = 0) -> dp.Finished:
+        record = await self.record(index)
+        await self.changes.until(lambda: record.finished)
+        return record.finished[0]
+
+    def tell(self, **parts: Any) -> None:
+        self._outbox.append(dp.DispatchResponse(**parts))
+        self.changes.note()
+
+    def queue(self, record: Record) -> None:
+        self.tell(queued=[dp.Queued(request_id=record.submit.request_id, position=1)])
+
+    def place(self, record: Record) -> None:
+        if not record.lease:
+            self._leases += 1
+            record.lease, record.state = self._leases, "PLACED"
+        leg = dp.Leg(
+            role=dp.ROLE_UNIFIED,
+            worker_id=self.worker.worker_id,
+            epoch=self.worker.epoch,
+            address=self.worker.address,
+            lease=record.lease,
+        )
+        self.tell(placed=[dp.Placed(request_id=record.submit.request_id, legs=[leg])])
+
+    def catalog(self) -> model_pb2.ModelCatalog:
+        model = self.model
+        descriptor = model_pb2.ModelDescriptor(
+            id=model.id,
+            source=model.source,
+            digest="d" * 64,
+            text_digest=model.text_digest,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            block_size=16,
+        )
+        entry = model_pb2.CatalogEntry(model=descriptor, workers=1, created=Timestamp(seconds=1_700_000_000))
+        return model_pb2.ModelCatalog(entries=[entry])
+
+    async def Dispatch(self, request_iterator: Any, context: Any) -> None:
+        assert (await context.read()).hello.gateway_id
+        broken = self._break
+        await context.write(dp.DispatchResponse(hello=dp.SchedulerHello(incarnation=1)))
+        self._outbox.insert(0, dp.DispatchResponse(catalog=self.catalog()))
+        for record in self.records.values():  # the standing of what lives, as the real one tells it
+            if record.state == "PLACED" and not record.finished:
+                self.place(record)
+        tasks = [
+            asyncio.create_task(self._read(context)),
+            asyncio.create_task(self._write(context)),
+            asyncio.create_task(broken.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if broken.is_set():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted break")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, context: Any) -> None:
+        while (request := await context.read()) is not grpc.aio.EOF:
+            for submit in request.submits:
+                self._submit(submit)
+            for started in request.started:
+                self.records[started.request_id].started += 1
+            for finished in request.finished:
+                self.records[finished.request_id].finished.append(finished)
+            self.cancels += [cancel.request_id for cancel in request.cancels]
+            self.workers_lost += [lost.worker_id for lost in request.workers_lost]
+            self.changes.note()
+
+    def _submit(self, submit: dp.Submit) -> None:
+        if submit.request_id in self.records:
+            refused = dp.Refused(request_id=submit.request_id, reason="DUPLICATE_REQUEST_ID", message="it is live")
+            self.tell(refused=[refused])
+            return
+        record = Record(submit)
+        self.records[submit.request_id] = record
+        self.react(record)
+
+    async def _write(self, context: Any) -> None:
+        while True:
+            await self.changes.until(lambda: self._outbox, 60.0)
+            await context.write(self._outbox.pop(0))
+
+    async def DescribeRequest(self, request: Any, context: Any) -> dp.DescribeRequestResponse:
+        record = self.records.get(request.request_id)
+        if record is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown")
+        assert record is not None
+        state = dp.Outcome.Name(record.finished[0].outcome).removeprefix("OUTCOME_") if record.finished else None
+        response = dp.DescribeRequestResponse(
+            request_id=request.request_id,
+            state=state or record.state,
+            model=record.submit.model,
+            worker_id=self.worker.worker_id,
+            prompt_tokens=len(record.submit.prompt_ids),
+            durable=True,
+        )
+        for finished in record.finished:
+            response.completion_tokens = finished.completion_tokens
+            response.timeline.extend(finished.events)
+        return response
