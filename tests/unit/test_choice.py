@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lmesh_gateway.choice import ChoiceAssembler, Piece
 from lmesh_gateway.logprobs import LogprobColumns
+from lmesh_kernels.text.detokenize import Detokenizer
 from lmesh_kernels.text.tokenizer import TextTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -38,7 +39,19 @@ IDS = st.one_of(
     TEXTS.map(lambda text: TOKENIZER.encode(text, add_special_tokens=False)),
     st.lists(st.integers(0, EOS - 1), max_size=24),  # any bytes, also such that are no UTF-8
 )
-STOPS = st.lists(st.text(alphabet="abcd é🎉", min_size=1, max_size=4), max_size=3)
+CUTS = st.lists(st.integers(0, 24), max_size=8)
+SPANS = st.lists(st.tuples(st.integers(0, 23), st.integers(1, 4)), max_size=3)
+STRAY = st.lists(st.text(alphabet="abcd é🎉", min_size=1, max_size=4), max_size=1)
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> tuple[list[int], list[int], list[str]]:
+    """Ids, where to cut them, and stop strings, most of which are somewhere in their text."""
+    ids = draw(IDS)
+    text = TOKENIZER.decode(ids, skip_special_tokens=True)
+    inside = [text[begin : begin + length] for begin, length in draw(SPANS)]
+    cuts = [cut for cut in draw(CUTS) if cut < len(ids)]
+    return ids, cuts, [stop for stop in [*inside, *draw(STRAY)] if stop]
 
 
 @dataclass
@@ -82,23 +95,23 @@ def assemble(ids: list[int], cuts: list[int], stops: list[str], finish: Finish) 
     return whole
 
 
-@given(ids=IDS, cuts=st.lists(st.integers(0, 24), max_size=8), stops=STOPS, ends=st.booleans())
-def test_pieces_change_nothing(ids: list[int], cuts: list[int], stops: list[str], ends: bool) -> None:
+@given(script=scripts(), ends=st.booleans())
+def test_pieces_change_nothing(script: tuple[list[int], list[int], list[str]], ends: bool) -> None:
+    ids, cuts, stops = script
     ids, finish = ([*ids, EOS], "stop") if ends else (ids, "length")
-    # A stop token comes in the last push together with something or alone, never cut off from its finish.
-    whole = assemble(ids, [c for c in cuts if c < len(ids)], stops, finish)
-    once = assemble(ids, [], stops, finish)
+    whole, once = assemble(ids, cuts, stops, finish), assemble(ids, [], stops, finish)
     assert (whole.text, whole.ids, whole.chosen, whole.counted) == (once.text, once.ids, once.chosen, once.counted)
     assert whole.last is not None and once.last is not None
     assert (whole.last.reason, whole.last.stop_string) == (once.last.reason, once.last.stop_string)
 
 
-@given(ids=IDS, cuts=st.lists(st.integers(0, 24), max_size=8), stops=STOPS, ends=st.booleans())
-def test_against_the_plain_definition(ids: list[int], cuts: list[int], stops: list[str], ends: bool) -> None:
-    """The text is that of all ids up to the first stop string; an id counts if the text before it holds none."""
+@given(script=scripts(), ends=st.booleans())
+def test_against_the_plain_definition(script: tuple[list[int], list[int], list[str]], ends: bool) -> None:
+    """The text is that of all ids up to the first stop string; ids count up to the one that completes it."""
+    ids, cuts, stops = script
     finish: Finish = "stop" if ends else "length"
     all_ids = [*ids, EOS] if ends else ids
-    whole = assemble(all_ids, [c for c in cuts if c < len(all_ids)], stops, finish)
+    whole = assemble(all_ids, cuts, stops, finish)
     full = TOKENIZER.decode(ids, skip_special_tokens=True)
     found = [(full.index(s) + len(s), full.index(s), s) for s in stops if s in full]
     assert whole.last is not None
@@ -111,11 +124,14 @@ def test_against_the_plain_definition(ids: list[int], cuts: list[int], stops: li
     assert whole.text == full[:begin]
     assert (whole.last.reason, whole.last.stop_string, whole.last.stop_token_id) == ("stop", stop, None)
     assert whole.ids == all_ids[: whole.counted]
+    before = Detokenizer(TOKENIZER, skip_special_tokens=True).push(ids[: whole.counted - 1])
+    assert not any(s in before for s in stops)
 
 
-@given(ids=IDS, cuts=st.lists(st.integers(0, 24), max_size=8), stops=STOPS)
-def test_logprobs_stay_with_their_ids(ids: list[int], cuts: list[int], stops: list[str]) -> None:
-    whole = assemble(ids, [c for c in cuts if c < len(ids)], stops, "length")
+@given(script=scripts())
+def test_logprobs_stay_with_their_ids(script: tuple[list[int], list[int], list[str]]) -> None:
+    ids, cuts, stops = script
+    whole = assemble(ids, cuts, stops, "length")
     assert whole.chosen == [-float(i) for i in whole.ids]
     assert whole.top_ids == [x for i in whole.ids for x in (i, i + 1)]
 
