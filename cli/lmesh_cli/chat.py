@@ -93,7 +93,7 @@ def pick_model(address: str, wanted: str | None) -> str:
 
 def converse(chat: Chat, notes: Console, read: Callable[[str], str] = input) -> None:
     """Reads questions until the end of input; an error ends only its own turn."""
-    notes.print(f"[dim]{_HELP}[/dim]")
+    notes.print(_HELP, style="dim", highlight=False)
     while True:
         try:
             line = read("> ").strip()

@@ -145,7 +145,9 @@ def _common(env: Mapping[str, str]) -> dict[str, str]:
         **env,
         "LMESH_DIE_WITH_PARENT": "1",
         "LMESH_CACHE": str(cache_folder().expanduser().absolute()),
-        "PYTHONUNBUFFERED": "1",
+        # gRPC's fork handlers, on by default in its wheels, now and then cost a forked child its descriptors. They are
+        # for programs that go on in a fork; whatever a service forks execs at once.
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
         "NO_PROXY": local,
         "no_proxy": local,
     }

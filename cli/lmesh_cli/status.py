@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -77,7 +78,7 @@ def _fleet(state: MeshState) -> tuple[FleetView | None, str]:
 
 
 def _services(state: MeshState) -> Table:
-    table = Table("service", "state", "pid", "restarts", "note")
+    table = Table("service", "state", "pid", "restarts", "note", box=SIMPLE)
     for service in state.services:
         note = service.message and f"{service.message}; see {service.log}"
         table.add_row(service.name, service.state, str(service.pid), str(service.restarts), note)
@@ -85,7 +86,10 @@ def _services(state: MeshState) -> Table:
 
 
 def _workers(fleet: FleetView) -> Table:
-    table = Table("worker", "model", "device", "state", "running", "waiting", "kv blocks", "cache hits", "tokens out")
+    table = Table(box=SIMPLE)
+    for heading in ("worker", "state", "run", "wait", "kv blocks", "cache hits", "tokens out"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("model on device", overflow="fold")
     for worker in fleet.workers:
         table.add_row(*_cells(worker))
     return table
@@ -95,12 +99,11 @@ def _cells(worker: WorkerView) -> tuple[str, ...]:
     hits = "-" if worker.cache_hit_rate is None else f"{worker.cache_hit_rate:.0%}"
     return (
         worker.id,
-        worker.model,
-        worker.device,
         worker.state,
         str(worker.running),
         str(worker.waiting),
         f"{worker.kv_blocks_used}/{worker.kv_blocks}",
         hits,
         str(worker.generated_tokens),
+        f"{worker.model} on {worker.device}",
     )

@@ -23,17 +23,19 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def of_mesh(folder: Path) -> list[psutil.Process]:
-    """Processes that carry this run folder in their environment: all of a mesh, the engines and helpers included."""
-    mark, found = f"LMESH_RUN_DIR={folder}".encode(), []
-    for process in psutil.process_iter():
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    """All processes of a mesh, the engines and helpers included, by what they inherited from its supervisor."""
+    return [process for process in psutil.process_iter() if _inherited(process, folder)]
+
+
+def _inherited(process: psutil.Process, folder: Path) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        # Redis writes its title over its environment, but it works in the folder.
+        return f"LMESH_RUN_DIR={folder}".encode() in environ or Path(process.cwd()).is_relative_to(folder)
+    except (psutil.Error, OSError):
+        return False
 
 
 def eventually(check: Callable[[], bool], timeout_s: float = WAIT_S) -> bool:
