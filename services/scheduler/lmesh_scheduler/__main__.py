@@ -27,7 +27,7 @@ async def _serve(settings: SchedulerSettings, shutdown: Shutdown) -> int:
     tracing.setup("scheduler", settings.otlp_endpoint)
     try:
         redis, incarnation = await open_redis(settings)
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, ValueError) as error:
         log.error("Redis does not answer", extra={"setting": "LMESH_SCHEDULER_REDIS_URL", "detail": str(error)})
         return 2
     try:

@@ -18,7 +18,8 @@ class SchedulerSettings(ChassisSettings):
     slots_factor: float = 2.0  # sequences placed on a worker, in multiples of what one step holds
     heartbeat_interval_s: float = 1.0
     lease_ttl_s: float = 5.0  # a worker is lost when no heartbeat came for this long
-    gateway_grace_s: float = 10.0  # how long a gateway whose link broke may come back to its requests
+    gateway_grace_s: float = 10.0  # how long a gateway whose link broke may come back to its queued requests
+    gateway_lost_s: float = 60.0  # after this its placed ones are taken to have ended with it
     model_grace_s: float = 30.0  # how long requests may queue for a model whose workers have all left
     ended_kept: int = 10_000  # ended requests that are answered from memory; older ones from Redis
     record_ttl_s: float = 3600.0  # how long Redis keeps an ended request
@@ -29,5 +30,7 @@ class SchedulerSettings(ChassisSettings):
         """ValueError for values that cannot work together."""
         if self.lease_ttl_s <= self.heartbeat_interval_s:
             raise ValueError("lease_ttl_s must be longer than heartbeat_interval_s")
+        if self.gateway_lost_s < self.gateway_grace_s:
+            raise ValueError("gateway_lost_s must not be shorter than gateway_grace_s")
         if self.slots_factor <= 0 or self.max_queue < 1 or self.journal_limit < 1 or self.ended_kept < 0:
             raise ValueError("slots_factor, max_queue and journal_limit must be positive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ from lmesh.scheduler.v1 import dispatch_pb2 as pb
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
 from redis.exceptions import RedisError
 
-from lmesh_scheduler.errors import HelloRequiredError, RequestNotFoundError, SlowLinkError
+from lmesh_scheduler.errors import HelloRequiredError, JournalUnavailableError, RequestNotFoundError, SlowLinkError
 from lmesh_scheduler.fleet import CatalogEntry
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.journal import Journal, parse_timeline
@@ -20,6 +21,7 @@ from lmesh_scheduler.scheduler import Ending, Scheduler
 
 SERVICE_NAME = "lmesh.scheduler.v1.DispatchService"
 MAX_EVENTS = 100_000  # events that a gateway may leave unread
+BATCH = 4096  # events of one message; a few hundred bytes each
 
 RpcContext = Any  # grpc's own type leaves its messages open
 _OUTCOMES = {
@@ -35,11 +37,18 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
 
     def __init__(self, scheduler: Scheduler, journal: Journal) -> None:
         self._scheduler, self._journal = scheduler, journal
+        self._closing = False
+
+    def close(self) -> None:
+        """Lets every link end once it has told what there is to tell."""
+        self._closing = True
+        for gateway in self._scheduler.gateways.all():
+            gateway.wake()
 
     async def Dispatch(  # type: ignore[override]  # a coroutine that writes through its context
         self, request_iterator: object, context: RpcContext
     ) -> None:
-        """The link; ends when the gateway ends its side."""
+        """The link; ends when the gateway ends its side, opens another, or the scheduler leaves."""
         first = await context.read()
         if first is grpc.aio.EOF or not first.hello.gateway_id:
             raise HelloRequiredError("the first message must be a hello with a gateway_id", field="hello")
@@ -48,8 +57,7 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
         try:
             hello = pb.SchedulerHello(incarnation=self._scheduler.incarnation)
             await context.write(pb.DispatchResponse(hello=hello))
-            awake.set()
-            self._take(gateway, first)
+            self._obey(gateway, first)
             await self._serve(gateway, awake, context)
         finally:
             self._scheduler.gateway_left(gateway)
@@ -68,18 +76,30 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
 
     async def _read(self, gateway: Gateway, context: RpcContext) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
-            self._take(gateway, message)
+            if message.HasField("hello"):
+                raise HelloRequiredError("a link has one hello, at its beginning", field="hello")
+            self._obey(gateway, message)
 
     async def _write(self, gateway: Gateway, awake: asyncio.Event, context: RpcContext) -> None:
-        while True:
-            await awake.wait()
+        """One message for all that gathers while the one before is being written."""
+        while self._scheduler.gateways.current(gateway):
             awake.clear()
-            events, catalog = gateway.take(), gateway.catalog_due
-            gateway.catalog_due = False
-            if events or catalog:
-                await context.write(_response(events, self._scheduler.fleet.catalog() if catalog else None))
+            message = self._next(gateway)
+            if message is not None:
+                await context.write(message)
+            elif self._closing:
+                return
+            else:
+                await awake.wait()
 
-    def _take(self, gateway: Gateway, message: pb.DispatchRequest) -> None:
+    def _next(self, gateway: Gateway) -> pb.DispatchResponse | None:
+        events, catalog_due = gateway.take(BATCH), gateway.catalog_due
+        gateway.catalog_due = False
+        if not events and not catalog_due:
+            return None
+        return _response(events, self._scheduler.fleet.catalog() if catalog_due else None)
+
+    def _obey(self, gateway: Gateway, message: pb.DispatchRequest) -> None:
         if len(gateway.events) > MAX_EVENTS:
             raise SlowLinkError(f"{len(gateway.events)} events wait to be read")
         for submit in message.submits:
@@ -102,8 +122,8 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
             return _described(found)
         try:
             fields = await self._journal.read(request.request_id)
-        except (RedisError, OSError):
-            fields = None
+        except (RedisError, OSError) as error:
+            raise JournalUnavailableError("the request is not in memory, and the journal does not answer") from error
         if fields is None:
             raise RequestNotFoundError(f"no record of request {request.request_id!r}", field="request_id")
         return _described_from(request.request_id, fields)
@@ -113,7 +133,7 @@ def _submission(submit: pb.Submit) -> Submission:
     return Submission(
         request_id=submit.request_id,
         model=submit.model,
-        prompt_ids=tuple(submit.prompt_ids),
+        prompt_ids=array("I", submit.prompt_ids),
         max_tokens=submit.max_tokens,
         n=max(1, submit.n),
         deadline_s=submit.deadline_ms / 1e3,
@@ -207,7 +227,7 @@ def _described(request: Request) -> pb.DescribeRequestResponse:
         worker_id=request.worker_id,
         timeline=_events(request.timeline),
         failure_reason=request.reason,
-        prompt_tokens=len(request.submission.prompt_ids),
+        prompt_tokens=request.prompt_tokens,
         completion_tokens=request.completion_tokens,
         cached_tokens=request.cached_tokens,
         durable=request.durable,

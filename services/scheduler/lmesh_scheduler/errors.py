@@ -8,6 +8,7 @@ from lmesh_chassis.errors import ServiceError
 DOMAIN = "lmesh.scheduler"
 
 # Reasons of Refused and Revoked events.
+INVALID_ARGUMENT = "INVALID_ARGUMENT"
 QUEUE_FULL = "QUEUE_FULL"
 MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
 DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
@@ -18,7 +19,7 @@ GATEWAY_LOST = "GATEWAY_LOST"
 
 
 class HelloRequiredError(ServiceError):
-    """A link did not begin with a hello, or a second one came."""
+    """A link did not begin with a full hello, or a second one came."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "HELLO_REQUIRED"
@@ -32,7 +33,7 @@ class ModelConflictError(ServiceError):
 
 
 class WorkerIdInUseError(ServiceError):
-    """Another live worker has this id."""
+    """Another live worker has this id, or a newer boot of it took this one's place."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "WORKER_ID_IN_USE"
@@ -43,6 +44,14 @@ class RequestNotFoundError(ServiceError):
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "REQUEST_NOT_FOUND"
+
+
+class JournalUnavailableError(ServiceError):
+    """The record is not in memory, and Redis does not answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "JOURNAL_UNAVAILABLE"
+    retryable = True
 
 
 class SlowLinkError(ServiceError):

@@ -62,11 +62,16 @@ class Worker:
     draining: bool = False
     linked: bool = True
     placements: dict[str, int] = field(default_factory=dict)  # request id -> sequences
+    placed: int = 0  # sequences placed here and not ended
 
-    @property
-    def placed(self) -> int:
-        """Sequences placed here and not ended."""
-        return sum(self.placements.values())
+    def give(self, request_id: str, sequences: int) -> None:
+        """A request is placed here."""
+        self.placements[request_id] = sequences
+        self.placed += sequences
+
+    def take_back(self, request_id: str) -> None:
+        """A request has ended; no matter if it was not placed here."""
+        self.placed -= self.placements.pop(request_id, 0)
 
     def view(self, slots_factor: float) -> WorkerView:
         """What placement needs of it."""
@@ -94,8 +99,10 @@ class CatalogEntry:
 class Fleet:
     """Workers by id."""
 
-    def __init__(self, *, lease_ttl_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
-        self._lease_ttl_s, self._clock, self._wall = lease_ttl_s, clock, wall
+    def __init__(
+        self, *, lease_ttl_s: float, alive_s: float, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        self._lease_ttl_s, self._alive_s, self._clock, self._wall = lease_ttl_s, alive_s, clock, wall
         self._workers: dict[str, Worker] = {}
         self._created: dict[str, float] = {}
         self._left: dict[str, float] = {}  # models without a worker, and since when
@@ -109,34 +116,47 @@ class Fleet:
         worker = self._workers.get(worker_id)
         return worker if worker and epoch in ("", worker.hello.epoch) else None
 
-    def join(self, hello: Hello) -> Worker | None:
-        """Takes a worker in; returns the older boot that it replaces, if there is one.
+    def current(self, worker: Worker) -> bool:
+        """Whether neither a newer boot nor a newer link of the same boot has taken over."""
+        return self._workers.get(worker.hello.worker_id) is worker
 
-        Raises WorkerIdInUseError while another boot of that id is linked, ModelConflictError for other weights,
+    def serving(self, model_id: str) -> list[Worker]:
+        """Workers of a model, in no order that matters."""
+        return [w for w in self._workers.values() if w.hello.model.id == model_id]
+
+    def join(self, hello: Hello) -> tuple[Worker, Worker | None]:
+        """Takes a worker in; returns it and the older boot that it replaces, if there is one.
+
+        Raises WorkerIdInUseError while another boot of that id is heard of, ModelConflictError for other weights,
         tokenizer or block size under a served id.
         """
         before = self._workers.get(hello.worker_id)
-        if before and before.hello.epoch != hello.epoch and before.linked:
+        replaced = before if before and before.hello.epoch != hello.epoch else None
+        if replaced is not None and self._alive(replaced):
             raise WorkerIdInUseError(
-                f"worker id {hello.worker_id} is in use at {before.hello.address}", field="worker_id"
+                f"worker id {hello.worker_id} is in use at {replaced.hello.address}: give each worker its own",
+                field="worker_id",
             )
         self._check_model(hello)
-        replaced = before if before and before.hello.epoch != hello.epoch else None
         worker = Worker(hello=hello, seen=self._clock())
         if before and replaced is None:  # the same boot on a new link: an object of its own, so that links differ
-            worker.placements, worker.heartbeat = before.placements, before.heartbeat
+            worker.placements, worker.placed, worker.heartbeat = before.placements, before.placed, before.heartbeat
         self._workers[hello.worker_id] = worker
         self._created.setdefault(hello.model.id, self._wall())
         self._left.pop(hello.model.id, None)
-        return replaced
+        return worker, replaced
+
+    def _alive(self, worker: Worker) -> bool:
+        # A broken host leaves its link standing; only heartbeats tell that a boot is still there.
+        return worker.linked and self._clock() - worker.seen < self._alive_s
 
     def _check_model(self, hello: Hello) -> None:
-        for other in self._workers.values():
-            mine, theirs = hello.model, other.hello.model
-            same_id = mine.id == theirs.id and other.hello.worker_id != hello.worker_id
-            if same_id and _identity(mine) != _identity(theirs):
+        mine = hello.model
+        for other in self.serving(mine.id):
+            theirs = other.hello.model
+            if other.hello.worker_id != hello.worker_id and _identity(mine) != _identity(theirs):
                 raise ModelConflictError(
-                    f"model {mine.id} is served with digest {theirs.digest[:12]}, this worker has {mine.digest[:12]}: "
+                    f"model {mine.id} is served with {_words(theirs)}, this worker has {_words(mine)}: "
                     "give it another id",
                     field="model.id",
                 )
@@ -159,7 +179,7 @@ class Fleet:
 
     def serves(self, model_id: str) -> bool:
         """Whether some worker serves this model."""
-        return any(w.hello.model.id == model_id for w in self._workers.values())
+        return bool(self.serving(model_id))
 
     def awaited(self, model_id: str, grace_s: float) -> bool:
         """Whether the model's last worker left so lately that another may come."""
@@ -168,14 +188,21 @@ class Fleet:
 
     def catalog(self) -> list[CatalogEntry]:
         """Models that are served, by id."""
-        by_model: dict[str, list[Worker]] = {}
-        for worker in self.workers():
-            by_model.setdefault(worker.hello.model.id, []).append(worker)
-        return [
-            CatalogEntry(model=workers[0].hello.model, workers=len(workers), created=self._created[model_id])
-            for model_id, workers in sorted(by_model.items())
-        ]
+        return [self._entry(model_id) for model_id in sorted({w.hello.model.id for w in self._workers.values()})]
+
+    def _entry(self, model_id: str) -> CatalogEntry:
+        models = [w.hello.model for w in self.serving(model_id)]
+        # A request must fit wherever it is placed: the shortest context counts.
+        model = min(models, key=lambda m: (m.max_model_len, m.source))
+        return CatalogEntry(model=model, workers=len(models), created=self._created[model_id])
 
 
-def _identity(model: ModelDescriptor) -> tuple[str, str, int]:
-    return model.digest, model.text_digest, model.block_size
+def _identity(model: ModelDescriptor) -> tuple[str, str, int, int]:
+    return model.digest, model.text_digest, model.block_size, model.vocab_size
+
+
+def _words(model: ModelDescriptor) -> str:
+    return (
+        f"digest {model.digest[:12]}, text digest {model.text_digest[:12]}, "
+        f"{model.vocab_size} logits and blocks of {model.block_size}"
+    )

@@ -33,22 +33,42 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
     ) -> None:
         self._scheduler, self._settings = scheduler, settings
         self._clock, self._journal_ok = clock, journal_ok
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """Lets every link end."""
+        self._closing.set()
 
     async def Fleet(  # type: ignore[override]  # a coroutine that writes through its context
         self, request_iterator: object, context: RpcContext
     ) -> None:
         """The link; ends when the worker ends its side or goes silent for longer than its lease."""
         first = await context.read()
-        if first is grpc.aio.EOF or not (first.hello.worker_id and first.hello.epoch):
-            raise HelloRequiredError("the first message must be a hello with worker_id and epoch", field="hello")
+        if first is grpc.aio.EOF or not _full(first.hello):
+            raise HelloRequiredError(
+                "the first message must be a hello with worker_id, epoch, address, model.id and capacity.max_seqs",
+                field="hello",
+            )
         worker = self._scheduler.worker_joined(_hello(first.hello))
         try:
             await context.write(pb.FleetResponse(hello=self._greeting()))
-            await self._read(worker, context)
+            await self._serve(worker, context)
         finally:
             # A newer link of the same boot may have taken over meanwhile; then the worker is not gone.
-            if self._scheduler.fleet.find(first.hello.worker_id, first.hello.epoch) is worker:
+            if self._scheduler.fleet.current(worker):
                 self._scheduler.worker_unlinked(worker)
+
+    async def _serve(self, worker: Worker, context: RpcContext) -> None:
+        reader = asyncio.create_task(self._read(worker, context))
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({reader, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                reader.result()
+        finally:
+            reader.cancel()
+            closing.cancel()
+            await asyncio.gather(reader, closing, return_exceptions=True)
 
     def _greeting(self) -> pb.FleetHello:
         return pb.FleetHello(
@@ -66,6 +86,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 return
             if message is grpc.aio.EOF:
                 return
+            if message.HasField("hello"):
+                raise HelloRequiredError("a link has one hello, at its beginning", field="hello")
             beat = _heartbeat(message.heartbeat) if message.HasField("heartbeat") else worker.heartbeat
             self._scheduler.worker_beat(worker, beat, draining=message.draining)
 
@@ -89,6 +111,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             placements=len(worker.placements),
             draining=worker.draining,
         )
+
+
+def _full(hello: pb.WorkerHello) -> bool:
+    named = hello.worker_id and hello.epoch and hello.address and hello.model.id
+    return bool(named) and hello.capacity.max_seqs > 0
 
 
 def _hello(hello: pb.WorkerHello) -> Hello:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from lmesh_scheduler.fleet import Worker
-from lmesh_scheduler.journal import PREFIX
-
-log = logging.getLogger(__name__)
+from lmesh_scheduler.scripts import FENCE, INCARNATION_KEY, PREFIX, Call, Script, run
 
 FLEET_KEY = f"{PREFIX}fleet"
+
+# KEYS: the incarnation, the set or hash. ARGV: incarnation, TTL in ms, then members, or fields and values.
+_PUT = "redis.call('DEL', KEYS[2])\nif #ARGV < 3 then return 1 end\nredis.call('%s', KEYS[2], unpack(ARGV, 3))\n"
+_EXPIRE = "redis.call('PEXPIRE', KEYS[2], ARGV[2])\nreturn 1\n"
+PUT_SET = Script(FENCE + _PUT % "SADD" + _EXPIRE)
+PUT_HASH = Script(FENCE + _PUT % "HSET" + _EXPIRE)
 
 
 def worker_key(worker_id: str) -> str:
@@ -24,29 +24,21 @@ def worker_key(worker_id: str) -> str:
 class FleetStore:
     """Writes the registry for other readers; nothing here is read back by the scheduler."""
 
-    def __init__(self, redis: Redis, *, ttl_s: float) -> None:
-        self._redis, self._ttl_ms = redis, round(ttl_s * 1e3)
+    def __init__(self, redis: Redis, *, incarnation: int, ttl_s: float) -> None:
+        self._redis, self._head = redis, (incarnation, round(ttl_s * 1e3))
 
-    async def write(self, workers: list[Worker]) -> bool:
-        """Writes all workers in one round trip; False when Redis does not answer."""
-        try:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.delete(FLEET_KEY)
-                if workers:
-                    pipe.sadd(FLEET_KEY, *(w.hello.worker_id for w in workers))
-                    pipe.pexpire(FLEET_KEY, self._ttl_ms)
-                for worker in workers:
-                    key = worker_key(worker.hello.worker_id)
-                    pipe.hset(key, mapping=_fields(worker))
-                    pipe.pexpire(key, self._ttl_ms)
-                await pipe.execute()
-        except (RedisError, OSError, TimeoutError) as error:
-            log.debug("fleet not written", extra={"detail": str(error)})
-            return False
-        return True
+    async def write(self, workers: list[Worker]) -> None:
+        """Writes all workers in one round trip. Raises FencedError, RedisError or OSError."""
+        ids = [worker.hello.worker_id for worker in workers]
+        calls = [Call(PUT_SET, [INCARNATION_KEY, FLEET_KEY], [*self._head, *ids])]
+        for worker in workers:
+            items = (item for pair in _fields(worker).items() for item in pair)
+            keys = [INCARNATION_KEY, worker_key(worker.hello.worker_id)]
+            calls.append(Call(PUT_HASH, keys, [*self._head, *items]))
+        await run(self._redis, calls)
 
 
-def _fields(worker: Worker) -> dict[Any, Any]:  # redis-py's mapping is invariant in its key and value
+def _fields(worker: Worker) -> dict[str, str | int]:
     hello, beat = worker.hello, worker.heartbeat
     return {
         "epoch": hello.epoch,

@@ -10,30 +10,32 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from typing import Any, cast
+from typing import cast
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from lmesh_scheduler.requests import Request, TimelineEvent
+from lmesh_scheduler.scripts import FENCE, INCARNATION_KEY, PREFIX, Call, Script, run
 
 log = logging.getLogger(__name__)
 
-PREFIX = "lmesh:"
-INCARNATION_KEY = f"{PREFIX}incarnation"  # has no TTL: it must only ever grow
-
-# KEYS[1] the record; ARGV: incarnation, expected version, new version, TTL in ms, then fields and values.
-# Returns 1 (written, or written before by a call whose answer was lost), 0 (another version), -1 (fenced).
-COMPARE_AND_SET = """
-local held = redis.call('HMGET', KEYS[1], 'incarnation', 'version')
-local incarnation, version = tonumber(held[1] or 0), tonumber(held[2] or 0)
-if incarnation > tonumber(ARGV[1]) then return -1 end
-if incarnation == tonumber(ARGV[1]) and version == tonumber(ARGV[3]) then return 1 end
-if version ~= tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'version', ARGV[3], unpack(ARGV, 5))
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
+# KEYS: the incarnation, the record. ARGV: incarnation, version, TTL in ms, then fields and values.
+# Sets the record if what it holds is older than this, by incarnation and then by version; both only ever grow.
+# Returns 1 (it holds this state now; also when an earlier call wrote it and the answer was lost) or 0 (it is newer).
+COMPARE_AND_SET = Script(
+    FENCE
+    + """
+local held = redis.call('HMGET', KEYS[2], 'incarnation', 'version')
+local incarnation, version, new = tonumber(held[1] or 0), tonumber(held[2] or 0), tonumber(ARGV[2])
+if incarnation > mine then return -1 end
+if incarnation == mine and version == new then return 1 end
+if incarnation == mine and version > new then return 0 end
+redis.call('HSET', KEYS[2], 'incarnation', ARGV[1], 'version', ARGV[2], unpack(ARGV, 4))
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
 return 1
 """
+)
 
 BATCH = 256
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
@@ -44,10 +46,6 @@ def request_key(request_id: str) -> str:
     return f"{PREFIX}req:{request_id}"
 
 
-class FencedError(RuntimeError):
-    """A newer scheduler writes this journal; this one must stop."""
-
-
 class Journal:
     """Writes requests' states to Redis, and reads them back when memory has forgotten them."""
 
@@ -56,7 +54,6 @@ class Journal:
         self._live_ttl_ms, self._ended_ttl_ms = round(live_ttl_s * 1e3), round(ended_ttl_s * 1e3)
         self._dirty: OrderedDict[str, Request] = OrderedDict()
         self._wake = asyncio.Event()
-        self._sha = ""
         self.ok = True  # the last write got through
         self.dropped = 0  # states that the bound pushed out
         self.conflicts = 0  # records that were not as this scheduler left them
@@ -89,57 +86,47 @@ class Journal:
                 while self._dirty and await self._flush():
                     pass
         except TimeoutError:
+            self.heard(False, "it did not answer in time")
+        if self._dirty:
             log.error("journal not drained", extra={"left": len(self._dirty)})
         return not self._dirty
+
+    def heard(self, ok: bool, detail: str = "") -> None:
+        """Whether Redis has answered, to this or to another writer."""
+        if self.ok and not ok:
+            log.error("journal unreachable", extra={"detail": detail, "waiting": len(self._dirty)})
+        elif ok and not self.ok:
+            log.warning("journal answers again", extra={"waiting": len(self._dirty)})
+        self.ok = ok
 
     async def _flush(self) -> bool:
         """Writes one batch; False (and nothing lost) when Redis does not answer."""
         batch = [(r, r.version) for _, r in zip(range(BATCH), self._dirty.values(), strict=False)]
         try:
-            answers = await self._write([request for request, _ in batch])
+            answers = await run(self._redis, [self._call(request) for request, _ in batch])
         except (RedisError, OSError, TimeoutError) as error:
-            if self.ok:
-                log.error("journal unreachable", extra={"detail": str(error), "waiting": len(self._dirty)})
-            self.ok = False
+            self.heard(False, str(error))
             return False
-        if not self.ok:
-            log.warning("journal answers again", extra={"waiting": len(self._dirty)})
-        self.ok = True
+        self.heard(True)
         for (request, version), answer in zip(batch, answers, strict=True):
             self._settle(request, version, answer)
         return True
 
-    async def _write(self, requests: list[Request]) -> list[int]:
-        if not self._sha:
-            self._sha = await self._redis.script_load(COMPARE_AND_SET)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for request in requests:
-                pipe.evalsha(self._sha, 1, request_key(request.id), *self._arguments(request))
-            answers: list[Any] = await pipe.execute(raise_on_error=False)
-        if any(isinstance(a, NoScriptError) for a in answers):
-            self._sha = ""  # a restarted Redis has forgotten it
-            return await self._write(requests)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
-    def _arguments(self, request: Request) -> list[str | int]:
+    def _call(self, request: Request) -> Call:
         ttl = self._live_ttl_ms if request.live else self._ended_ttl_ms
-        head: list[str | int] = [self._incarnation, request.durable_version, request.version, ttl]
-        return [*head, *(item for pair in _fields(request).items() for item in pair)]
+        fields = (item for pair in _fields(request).items() for item in pair)
+        keys = [INCARNATION_KEY, request_key(request.id)]
+        return Call(COMPARE_AND_SET, keys, [self._incarnation, request.version, ttl, *fields])
 
     def _settle(self, request: Request, version: int, answer: int) -> None:
-        if answer == -1:
-            raise FencedError("a newer scheduler writes this journal")
-        if request.version == version:
-            self._dirty.pop(request.id, None)
         if answer == 1:
             request.durable_version = version
-            return
-        self.conflicts += 1
-        self._dirty.pop(request.id, None)
-        log.error("journal record is not as it was left", extra={"request_id": request.id, "version": version})
+        else:
+            self.conflicts += 1
+            log.error("journal record is newer", extra={"request_id": request.id, "version": version})
+        # Under a request's id there may be a later request by now: ids may be used again once they are forgotten.
+        if self._dirty.get(request.id) is request and request.version == version:
+            del self._dirty[request.id]
 
     async def read(self, request_id: str) -> dict[str, str] | None:
         """A record's fields, or None. Raises RedisError when Redis does not answer."""
@@ -158,8 +145,9 @@ def _fields(request: Request) -> dict[str, str | int]:
         "worker_id": request.worker_id,
         "epoch": request.epoch,
         "lease": request.lease,
+        "deadline": f"{request.expires_at:.3f}",
         "reason": request.reason,
-        "prompt_tokens": len(submission.prompt_ids),
+        "prompt_tokens": request.prompt_tokens,
         "completion_tokens": request.completion_tokens,
         "cached_tokens": request.cached_tokens,
         "timeline": json.dumps([[e.time, e.event, e.detail] for e in request.timeline]),
@@ -169,8 +157,3 @@ def _fields(request: Request) -> dict[str, str | int]:
 def parse_timeline(text: str) -> list[TimelineEvent]:
     """The timeline of a record's field."""
     return [TimelineEvent(time, event, detail) for time, event, detail in json.loads(text)]
-
-
-async def next_incarnation(redis: Redis) -> int:
-    """A number larger than any scheduler of this journal had before. Raises RedisError."""
-    return int(await redis.incr(INCARNATION_KEY))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,6 +28,15 @@ class SchedulerCollector(Collector):
         yield _gauge("lmesh:scheduler_workers", "Workers known.", len(scheduler.fleet.workers()))
         yield _gauge("lmesh:scheduler_journal_ok", "1 when the journal took the last write.", int(journal.ok))
         yield _counter("lmesh:scheduler_placements", "Placements made.", scheduler.placements_made)
+        yield _by_label(
+            "lmesh:scheduler_requests_ended",
+            "Requests that ended.",
+            "state",
+            {state.value: count for state, count in scheduler.requests.ended_by_state.items()},
+        )
+        yield _by_label(
+            "lmesh:scheduler_requests_refused", "Requests not admitted.", "reason", dict(scheduler.refused_by_reason)
+        )
         refused = scheduler.requests.refused_transitions
         yield _counter("lmesh:scheduler_refused_transitions", "State changes that the table does not have.", refused)
         yield _counter("lmesh:scheduler_journal_dropped", "States pushed out of a full buffer.", journal.dropped)
@@ -41,6 +51,19 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value=value)
 
 
-def register(registry: CollectorRegistry, scheduler: Scheduler, journal: Journal) -> None:
-    """Adds the scheduler's metrics to a registry."""
-    registry.register(SchedulerCollector(scheduler, journal))
+def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for key, value in sorted(values.items()):
+        family.add_metric([key], value)
+    return family
+
+
+@contextmanager
+def exposed(registry: CollectorRegistry, scheduler: Scheduler, journal: Journal) -> Iterator[None]:
+    """The scheduler's metrics are among a registry's for as long as this lasts."""
+    collector = SchedulerCollector(scheduler, journal)
+    registry.register(collector)
+    try:
+        yield
+    finally:
+        registry.unregister(collector)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 
 from opentelemetry.trace import Span
 
@@ -52,7 +54,7 @@ class Submission:
 
     request_id: str
     model: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
     max_tokens: int
     n: int = 1
     deadline_s: float = 0.0
@@ -64,15 +66,16 @@ class Submission:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """One request. Only `RequestTable.move` writes `state`, `version` and `timeline`."""
+    """One request. Only RequestTable writes `state`, `version`, `reported` and `timeline`."""
 
     submission: Submission
     gateway_id: str
-    deadline: float  # by the scheduler's clock; inf for none
-    queue_deadline: float
-    order: int  # of arrival
+    prompt_tokens: int
+    deadline: float = math.inf  # by the scheduler's clock
+    queue_deadline: float = math.inf
+    expires_at: float = 0.0  # the deadline in Unix seconds, for other readers; 0 for none
     state: State = State.QUEUED
-    version: int = 0  # grows with every change; the journal's compare-and-set goes by it
+    version: int = 0  # the table's count of changes at the last one; the journal's compare-and-set goes by it
     durable_version: int = 0  # the last one that Redis confirmed
     worker_id: str = ""
     epoch: str = ""
@@ -80,6 +83,7 @@ class Request:
     reason: str = ""
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reported: bool = False  # its gateway has told how it ended
     timeline: list[TimelineEvent] = field(default_factory=list)
     span: Span | None = None  # while queued
 
@@ -108,7 +112,9 @@ class RequestTable:
         self._ended_kept = ended_kept
         self._wall = wall
         self._journal = journal
+        self._changes = 0  # over all requests, so that no two states of any record have the same version
         self.refused_transitions = 0
+        self.ended_by_state: Counter[State] = Counter()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -117,15 +123,19 @@ class RequestTable:
         """All live requests."""
         return list(self._live.values())
 
+    def of_gateway(self, gateway_id: str) -> list[Request]:
+        """A gateway's requests, live and lately ended."""
+        known: Iterator[Request] = chain(self._ended.values(), self._live.values())
+        return [request for request in known if request.gateway_id == gateway_id]
+
     def find(self, request_id: str) -> Request | None:
         """A live or lately ended request."""
         return self._live.get(request_id) or self._ended.get(request_id)
 
     def add(self, request: Request) -> None:
-        """A new request, QUEUED. Its id must not be live."""
-        if request.id in self._live:
-            raise TransitionError(f"{request.id} is live already")
-        self._ended.pop(request.id, None)
+        """A new request, QUEUED. Raises TransitionError when its id is known."""
+        if self.find(request.id) is not None:
+            raise TransitionError(f"{request.id} is known already")
         self._live[request.id] = request
         self._note(request, "queued", {})
 
@@ -139,9 +149,15 @@ class RequestTable:
         if to not in LIVE:
             self._retire(request)
 
-    def record(self, request: Request, events: list[TimelineEvent]) -> None:
-        """Adds events that others saw, in order of time; the last state's stays last."""
-        request.timeline = sorted([*request.timeline, *events], key=lambda e: e.time)
+    def report(
+        self, request: Request, *, completion_tokens: int, cached_tokens: int, events: Sequence[TimelineEvent]
+    ) -> None:
+        """What a gateway reports of a request, taken once: counts, and events that others saw, in order of time."""
+        if request.reported:
+            return
+        request.reported = True
+        request.completion_tokens, request.cached_tokens = completion_tokens, cached_tokens
+        request.timeline = sorted([*request.timeline, *events], key=lambda event: event.time)
         self._changed(request)
 
     def _note(self, request: Request, event: str, detail: dict[str, str]) -> None:
@@ -149,10 +165,15 @@ class RequestTable:
         self._changed(request)
 
     def _changed(self, request: Request) -> None:
-        request.version += 1
+        self._changes += 1
+        request.version = self._changes
         self._journal(request)
 
     def _retire(self, request: Request) -> None:
+        request.submission = replace(
+            request.submission, prompt_ids=()
+        )  # thousands of ended prompts are a lot of memory
+        self.ended_by_state[request.state] += 1
         del self._live[request.id]
         self._ended[request.id] = request
         while len(self._ended) > self._ended_kept:

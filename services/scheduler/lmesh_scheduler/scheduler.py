@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +13,16 @@ from lmesh_chassis import tracing
 from lmesh_scheduler import errors
 from lmesh_scheduler.admission import AdmissionQueue, QueueFullError
 from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.deadlines import Deadlines
+from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.placement import RequestView, place
-from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent
+from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent, TransitionError
+
+log = logging.getLogger(__name__)
+
+RETRY_MS = 1000
 
 
 class Ending(NamedTuple):
@@ -45,13 +53,16 @@ class Scheduler:
         self._clock, self._wall = clock, wall
         self.incarnation = incarnation
         self.requests = RequestTable(ended_kept=settings.ended_kept, wall=wall, journal=journal)
-        self.fleet = Fleet(lease_ttl_s=settings.lease_ttl_s, clock=clock, wall=wall)
-        self.gateways = Gateways(grace_s=settings.gateway_grace_s, clock=clock)
+        self.fleet = Fleet(
+            lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
+        )
+        self.gateways = Gateways(grace_s=settings.gateway_grace_s, lost_s=settings.gateway_lost_s, clock=clock)
         self._queues: dict[str, AdmissionQueue] = {}
-        self._arrivals = 0
+        self._deadlines = Deadlines()
         self._leases = 0
         self.draining = False
         self.placements_made = 0
+        self.refused_by_reason: Counter[str] = Counter()
 
     @property
     def queued(self) -> int:
@@ -63,17 +74,28 @@ class Scheduler:
     def gateway_joined(self, gateway_id: str, wake: Callable[[], None]) -> Gateway:
         """A Dispatch link opens. What a broken one may have swallowed is said again: a gateway ignores repeats."""
         gateway = self.gateways.join(gateway_id, wake)
-        for request in self.requests.live():
-            if request.gateway_id == gateway_id:
-                gateway.tell(self._standing(request))
+        for request in self.requests.of_gateway(gateway_id):
+            standing = self._standing(request)
+            if standing is not None:
+                gateway.tell(standing)
+        for model in self._queues:
+            self._place(model)
         return gateway
 
-    def _standing(self, request: Request) -> Event:
+    def _standing(self, request: Request) -> Event | None:
+        """Where a request is, in the words that its gateway was told once; None where there were none."""
         if request.state is State.QUEUED:
-            return Queued(request.id, 0)
-        worker = self.fleet.find(request.worker_id, request.epoch)
-        address = worker.hello.address if worker else ""
-        return Placed(request.id, request.worker_id, request.epoch, address, request.lease)
+            return Queued(request.id, self._queues[request.submission.model].position(request))
+        if request.live:
+            worker = self.fleet.find(request.worker_id, request.epoch)
+            return None if worker is None else _placed(request, worker)
+        if request.reported:
+            return None
+        if request.state is State.EXPIRED:
+            return Expired(request.id, not request.lease)
+        if request.reason == errors.GATEWAY_LOST and request.lease:
+            return None  # its stream may well have gone on meanwhile: it needs no scheduler
+        return Revoked(request.id, request.lease, request.reason or errors.CANCELLED)
 
     def gateway_left(self, gateway: Gateway) -> None:
         """A Dispatch link broke; its requests go on until the grace period ends."""
@@ -81,75 +103,104 @@ class Scheduler:
 
     def submit(self, gateway: Gateway, submission: Submission) -> None:
         """Admits a request or refuses it; places it at once if a worker has room."""
-        refusal = self._refusal(submission)
+        refusal = self._refusal(submission) or self._admit(gateway, submission)
         if refusal is not None:
+            self.refused_by_reason[refusal.reason] += 1
             gateway.tell(refusal)
-            return
+
+    def _admit(self, gateway: Gateway, submission: Submission) -> Refused | None:
         request = self._request(gateway, submission)
-        queue = self._queues.setdefault(submission.model, AdmissionQueue(self._settings.max_queue))
+        queue = self._queue(submission.model)
         try:
             queue.add(request)
         except QueueFullError as error:
-            gateway.tell(Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", 1000))
-            return
+            return Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", error.retry_after_ms)
         self.requests.add(request)
-        gateway.tell(Queued(request.id, len(queue) - 1))
+        self._deadlines.add(request)
+        request.span = tracing.start_span(
+            tracing.SCHEDULER_QUEUE,
+            traceparent=submission.traceparent,
+            attributes={"lmesh.request_id": request.id, "lmesh.model": submission.model},
+        )
+        gateway.tell(Queued(request.id, queue.position(request)))
         self._place(submission.model)
+        return None
+
+    def _queue(self, model: str) -> AdmissionQueue:
+        if model not in self._queues:
+            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
+        return self._queues[model]
 
     def _refusal(self, submission: Submission) -> Refused | None:
         request_id, model = submission.request_id, submission.model
-        if self.draining:
-            return Refused(request_id, errors.DRAINING, "the scheduler is leaving; try again", 1000)
+        if not request_id:
+            return Refused(request_id, errors.INVALID_ARGUMENT, "request_id must not be empty", 0)
         found = self.requests.find(request_id)
-        if found is not None and found.live:
-            return Refused(request_id, errors.DUPLICATE_REQUEST_ID, f"request id {request_id} is live", 0)
-        if not self.fleet.serves(model) and not self.fleet.awaited(model, self._settings.model_grace_s):
+        if found is not None:
+            message = (
+                f"request id {request_id} is {'live' if found.live else 'one of an ended request'}; choose another"
+            )
+            return Refused(request_id, errors.DUPLICATE_REQUEST_ID, message, 0)
+        if self.draining:
+            return Refused(request_id, errors.DRAINING, "the scheduler is leaving; try again", RETRY_MS)
+        if self._abandoned(model):
             known = ", ".join(e.model.id for e in self.fleet.catalog()) or "none"
             return Refused(request_id, errors.MODEL_NOT_FOUND, f"no worker serves {model!r}; served: {known}", 0)
         return None
 
     def _request(self, gateway: Gateway, submission: Submission) -> Request:
-        now = self._clock()
-        self._arrivals += 1
+        now, wall = self._clock(), self._wall()
+        deadline_s, queue_s = submission.deadline_s, submission.queue_timeout_s
         return Request(
             submission=submission,
             gateway_id=gateway.id,
-            deadline=now + submission.deadline_s if submission.deadline_s else math.inf,
-            queue_deadline=now + submission.queue_timeout_s if submission.queue_timeout_s else math.inf,
-            order=self._arrivals,
-            span=tracing.start_span(tracing.SCHEDULER_QUEUE, traceparent=submission.traceparent),
+            prompt_tokens=len(submission.prompt_ids),
+            deadline=now + deadline_s if deadline_s else math.inf,
+            queue_deadline=now + queue_s if queue_s else math.inf,
+            expires_at=wall + deadline_s if deadline_s else 0.0,
         )
 
-    def cancel(self, gateway: Gateway, request_id: str) -> None:
-        """Ends a live request for its client; its gateway hears of it unless it asked itself."""
+    def cancel(self, gateway: Gateway, request_id: str) -> bool:
+        """Ends a live request for its client; its gateway hears of it unless it asked itself.
+
+        False when there is nothing to cancel; a request that has ended stays as it ended, and that is counted.
+        """
         request = self.requests.find(request_id)
-        if request is None or not request.live:
-            return
-        owner = self.gateways.find(request.gateway_id)
-        lease = request.lease
-        self._end(request, State.CANCELLED, "")
-        if owner is not None and owner is not gateway:
-            owner.tell(Revoked(request_id, lease, errors.CANCELLED))
+        if request is None:
+            return False
+        try:
+            self._end(request, State.CANCELLED, "")
+        except TransitionError:
+            return False
+        if request.gateway_id != gateway.id:
+            self._tell_owner(request, Revoked(request_id, request.lease, errors.CANCELLED))
+        return True
 
     def started(self, request_id: str, lease: int) -> None:
-        """The worker's first output has come."""
+        """The worker's first output has come. A repeat, or one under an older lease, is dropped."""
         request = self.requests.find(request_id)
         if request is not None and request.lease == lease and request.state is State.PLACED:
             self.requests.move(request, State.RUNNING)
 
     def finished(self, ending: Ending) -> None:
-        """A gateway's report on a placed request. One under an older lease is dropped."""
+        """A gateway's report on a placed request. A repeat, or one under an older lease, is dropped.
+
+        A request that the scheduler ended keeps that end; its counts and its events are taken from here.
+        """
         request = self.requests.find(ending.request_id)
-        if request is None or request.lease != ending.lease:
+        if request is None or request.lease != ending.lease or not ending.lease:
             return
-        request.completion_tokens, request.cached_tokens = ending.completion_tokens, ending.cached_tokens
-        if ending.events:
-            self.requests.record(request, ending.events)
+        self.requests.report(
+            request,
+            completion_tokens=ending.completion_tokens,
+            cached_tokens=ending.cached_tokens,
+            events=ending.events,
+        )
         if request.live:
             self._end(request, ending.state, ending.reason)
 
     def worker_unreachable(self, worker_id: str, epoch: str) -> None:
-        """A gateway lost its Run link. The worker is lost when it is silent here too: its lease decides."""
+        """A gateway lost its Run link. The worker is lost when it is silent here too; else its lease decides."""
         worker = self.fleet.find(worker_id, epoch)
         if worker is not None and not worker.linked:
             self._lose(worker)
@@ -157,18 +208,26 @@ class Scheduler:
     # -- workers
 
     def worker_joined(self, hello: Hello) -> Worker:
-        """A Fleet link opens. Raises ModelConflictError or WorkerIdInUseError."""
-        replaced = self.fleet.join(hello)
+        """A Fleet link opens. Placements of an older boot are lost. Raises ModelConflictError or WorkerIdInUseError."""
+        worker, replaced = self.fleet.join(hello)
+        log.info("worker joined", extra={"worker_id": hello.worker_id, "epoch": hello.epoch, "model": hello.model.id})
         if replaced is not None:
+            log.warning("worker replaced", extra={"worker_id": hello.worker_id, "epoch": replaced.hello.epoch})
             self._revoke_placements(replaced)
-        worker = self.fleet.find(hello.worker_id, hello.epoch)
-        assert worker is not None
         self._catalog_changed()
         self._place(hello.model.id)
         return worker
 
     def worker_beat(self, worker: Worker, heartbeat: Heartbeat, *, draining: bool) -> None:
-        """A heartbeat; renews the worker's lease and those of its placements."""
+        """A heartbeat; renews the worker's lease and those of its placements.
+
+        Raises WorkerIdInUseError when the worker was lost or replaced: its link must end, and a new one begin.
+        """
+        if not self.fleet.current(worker):
+            raise WorkerIdInUseError(
+                f"worker {worker.hello.worker_id} is lost here: its lease lapsed, or another link took its place",
+                field="worker_id",
+            )
         self.fleet.beat(worker, heartbeat)
         worker.draining = worker.draining or draining
         self._place(worker.hello.model.id)
@@ -176,11 +235,17 @@ class Scheduler:
     def worker_unlinked(self, worker: Worker) -> None:
         """A Fleet link ended: a drained worker is gone, another has until its lease lapses to come back."""
         worker.linked = False
-        if worker.draining and not worker.placements:
+        self._leave_if_drained(worker)
+
+    def _leave_if_drained(self, worker: Worker) -> None:
+        if worker.draining and not worker.linked and not worker.placements and self.fleet.current(worker):
             self._lose(worker)
 
     def _lose(self, worker: Worker) -> None:
         self.fleet.leave(worker)
+        level = logging.INFO if worker.draining and not worker.placements else logging.WARNING
+        extra = {"worker_id": worker.hello.worker_id, "epoch": worker.hello.epoch, "placements": len(worker.placements)}
+        log.log(level, "worker left" if level == logging.INFO else "worker lost", extra=extra)
         self._revoke_placements(worker)
         self._catalog_changed()
 
@@ -189,14 +254,10 @@ class Scheduler:
             request = self.requests.find(request_id)
             if request is not None and request.live:
                 self._revoke(request, errors.WORKER_LOST)
-        worker.placements.clear()
 
     def _revoke(self, request: Request, reason: str) -> None:
-        lease = request.lease
         self._end(request, State.FAILED, reason)
-        gateway = self.gateways.find(request.gateway_id)
-        if gateway is not None:
-            gateway.tell(Revoked(request.id, lease, reason))
+        self._tell_owner(request, Revoked(request.id, request.lease, reason))
 
     def _catalog_changed(self) -> None:
         for gateway in self.gateways.all():
@@ -207,83 +268,102 @@ class Scheduler:
     def _place(self, model: str) -> None:
         """Places queued requests of one model in order, as far as its workers have room."""
         queue = self._queues.get(model)
-        while queue is not None and (request := queue.peek()) is not None:
-            submission = request.submission
-            view = RequestView(model=model, sequences=submission.n, prompt_tokens=len(submission.prompt_ids))
-            worker_id = place(view, (w.view(self._settings.slots_factor) for w in self.fleet.workers()))
+        while queue is not None and (request := queue.next(self._owner_listens)) is not None:
+            view = RequestView(model=model, sequences=request.submission.n, prompt_tokens=request.prompt_tokens)
+            worker_id = place(view, (w.view(self._settings.slots_factor) for w in self.fleet.serving(model)))
             worker = self.fleet.find(worker_id) if worker_id is not None else None
             if worker is None:
                 return
-            queue.pop()
+            queue.take(request)
             self._grant(request, worker)
+
+    def _owner_listens(self, request: Request) -> bool:
+        """A lease that nobody hears of would only keep others from the worker."""
+        gateway = self.gateways.find(request.gateway_id)
+        return gateway is not None and gateway.linked
 
     def _grant(self, request: Request, worker: Worker) -> None:
         self._leases += 1
         self.placements_made += 1
-        # The incarnation in the high bits: no two leases of one mesh are ever alike.
-        request.lease = (self.incarnation << 40) | self._leases
+        # Incarnations are not behind the clock's seconds and grow with every boot, so even a count that runs over
+        # 32 bits does not meet a later boot's leases: no two of one mesh are ever alike.
+        request.lease = (self.incarnation << 32) + self._leases
         request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
-        worker.placements[request.id] = request.submission.n
+        worker.give(request.id, request.submission.n)
         self.requests.move(request, State.PLACED, {"worker_id": worker.hello.worker_id})
         self._end_span(request, "placed")
-        gateway = self.gateways.find(request.gateway_id)
-        if gateway is not None:
-            hello = worker.hello
-            gateway.tell(Placed(request.id, hello.worker_id, hello.epoch, hello.address, request.lease))
+        self._tell_owner(request, _placed(request, worker))
 
     def _end(self, request: Request, state: State, reason: str) -> None:
+        """Ends a live request and gives its place to another. Raises TransitionError."""
         was_queued = request.state is State.QUEUED
-        request.reason = reason
+        if request.live:
+            request.reason = reason
         self.requests.move(request, state, {"reason": reason} if reason else {})
         self._end_span(request, state.value.lower())
         if was_queued:
-            self._queues[request.submission.model].drop()
+            self._queues[request.submission.model].remove(request)
             return
         worker = self.fleet.find(request.worker_id, request.epoch)
-        if worker is None:
-            return
-        worker.placements.pop(request.id, None)
-        if worker.draining and not worker.linked and not worker.placements:
-            self._lose(worker)
-        self._place(request.submission.model)
+        if worker is not None:
+            worker.take_back(request.id)
+            self._leave_if_drained(worker)
+            self._place(request.submission.model)
 
     def _end_span(self, request: Request, outcome: str) -> None:
         if request.span is not None:
-            request.span.set_attribute("lmesh.outcome", outcome)
+            request.span.set_attributes({"lmesh.outcome": outcome, "lmesh.worker_id": request.worker_id})
             request.span.end()
             request.span = None
-
-    # -- time
-
-    def tick(self) -> None:
-        """Ends what is overdue: deadlines, workers' leases, gateways' grace, models that nobody serves."""
-        now = self._clock()
-        for worker in self.fleet.overdue():
-            self._lose(worker)
-        for gateway in self.gateways.lost():
-            self._drop_requests_of(gateway)
-        for request in self.requests.live():
-            if request.state in LIVE:
-                self._expire_if_due(request, now)
-
-    def _expire_if_due(self, request: Request, now: float) -> None:
-        queued = request.state is State.QUEUED
-        if now >= request.deadline or (queued and now >= request.queue_deadline):
-            self._end(request, State.EXPIRED, "")
-            self._tell_owner(request, Expired(request.id, queued))
-        elif queued and self._abandoned(request.submission.model):
-            self._end(request, State.FAILED, errors.MODEL_NOT_FOUND)
-            self._tell_owner(request, Revoked(request.id, 0, errors.WORKER_LOST))
-
-    def _abandoned(self, model: str) -> bool:
-        return not self.fleet.serves(model) and not self.fleet.awaited(model, self._settings.model_grace_s)
 
     def _tell_owner(self, request: Request, event: Event) -> None:
         gateway = self.gateways.find(request.gateway_id)
         if gateway is not None:
             gateway.tell(event)
 
-    def _drop_requests_of(self, gateway: Gateway) -> None:
-        for request in self.requests.live():
-            if request.gateway_id == gateway.id:
+    # -- time
+
+    def tick(self) -> None:
+        """Ends what is overdue: deadlines, workers' leases, gateways' grace, models that nobody serves."""
+        for worker in self.fleet.overdue():
+            self._lose(worker)
+        for gateway in self.gateways.given_up():
+            self._drop_requests_of(gateway, frozenset({State.QUEUED}))
+        for gateway in self.gateways.lost():
+            self._drop_requests_of(gateway, LIVE)
+        for request in self._deadlines.due(self._clock()):
+            self._expire(request)
+        for model, queue in self._queues.items():
+            if len(queue) and self._abandoned(model):
+                for request in queue.waiting():
+                    self._revoke(request, errors.WORKER_LOST)
+
+    def _expire(self, request: Request) -> None:
+        queued = request.state is State.QUEUED
+        self._end(request, State.EXPIRED, "")
+        self._tell_owner(request, Expired(request.id, queued))
+
+    def _abandoned(self, model: str) -> bool:
+        return not self.fleet.serves(model) and not self.fleet.awaited(model, self._settings.model_grace_s)
+
+    def _drop_requests_of(self, gateway: Gateway, states: frozenset[State]) -> None:
+        for request in self.requests.of_gateway(gateway.id):
+            if request.state in states:
                 self._end(request, State.FAILED, errors.GATEWAY_LOST)
+
+    # -- leaving
+
+    def drain(self) -> None:
+        """Nothing new from here on; what was admitted is still placed and ends by itself."""
+        self.draining = True
+
+    def revoke_queued(self) -> None:
+        """Ends what no worker took while draining; what runs goes on without a scheduler."""
+        for queue in self._queues.values():
+            for request in queue.waiting():
+                self._revoke(request, errors.DRAINING)
+
+
+def _placed(request: Request, worker: Worker) -> Placed:
+    hello = worker.hello
+    return Placed(request.id, hello.worker_id, hello.epoch, hello.address, request.lease)

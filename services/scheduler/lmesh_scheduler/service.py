@@ -10,21 +10,26 @@ from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from lmesh_scheduler import dispatch_servicer, fleet_servicer, metrics
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import DOMAIN
 from lmesh_scheduler.fleet_store import FleetStore
-from lmesh_scheduler.journal import FencedError, Journal, next_incarnation
+from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.scheduler import Scheduler
+from lmesh_scheduler.scripts import FencedError, next_incarnation
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 FLEET_WRITE_S = 1.0
 FLUSH_S = 5.0
+LINKS_END_S = 2.0
 
 
 class SchedulerService:
@@ -42,37 +47,52 @@ class SchedulerService:
         self.scheduler = Scheduler(
             settings, incarnation=incarnation, clock=time.monotonic, wall=time.time, journal=self._journal.note
         )
-        self._store = FleetStore(redis, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
-        self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
-        dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
-        self.server.add(
-            dispatch_pb2_grpc.add_DispatchServiceServicer_to_server, dispatch, dispatch_servicer.SERVICE_NAME
-        )
-        fleet = fleet_servicer.FleetServicer(
+        self._store = FleetStore(redis, incarnation=incarnation, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
+        self._dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
+        self._fleet = fleet_servicer.FleetServicer(
             self.scheduler, settings, clock=time.monotonic, journal_ok=lambda: self._journal.ok
         )
-        self.server.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, fleet, fleet_servicer.SERVICE_NAME)
+        self.server = self._build_server()
+
+    def _build_server(self) -> GrpcServer:
+        server = GrpcServer(self._settings.address, domain=DOMAIN, reflection=self._settings.reflection)
+        add_dispatch = dispatch_pb2_grpc.add_DispatchServiceServicer_to_server
+        server.add(add_dispatch, self._dispatch, dispatch_servicer.SERVICE_NAME)
+        server.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, self._fleet, fleet_servicer.SERVICE_NAME)
+        return server
 
     async def run(self, shutdown: Shutdown) -> int:
         """Serves until `shutdown` (0) or until a newer scheduler takes over (1)."""
-        page = await self._metrics_page()
-        port = await self.server.start()
-        self.server.set_all_serving(True)
-        log.info("ready", extra={"port": port, "incarnation": self.scheduler.incarnation})
-        journal = asyncio.create_task(self._journal.run())
-        ticks = [asyncio.create_task(self._tick()), asyncio.create_task(self._write_fleet())]
+        with metrics.exposed(REGISTRY, self.scheduler, self._journal):
+            page = await self._metrics_page()
+            try:
+                port = await self.server.start()
+                self.server.set_all_serving(True)
+                log.info("ready", extra={"port": port, "incarnation": self.scheduler.incarnation})
+                return await self._serve(shutdown)
+            finally:
+                if page is not None:
+                    await page.close()
+
+    async def _serve(self, shutdown: Shutdown) -> int:
+        work = [asyncio.create_task(w) for w in (self._journal.run(), self._tick(), self._write_fleet())]
         asked = asyncio.create_task(shutdown.wait())
+        leaving: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait({journal, asked, *ticks}, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
-                return await self._failed([journal, *ticks])
-            await self._drain()
+            await asyncio.wait({asked, *work}, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                # What ends while draining is still journaled, and being fenced off still ends everything at once.
+                leaving = asyncio.create_task(self._drain())
+                await asyncio.wait({leaving, *work}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving is not None and leaving.done():
+                leaving.result()
+            if failed := [task for task in work if task.done()]:
+                return await self._failed(failed)
         finally:
-            for task in (journal, asked, *ticks):
+            tasks = [*work, asked, *([leaving] if leaving else [])]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(journal, asked, *ticks, return_exceptions=True)
-            if page is not None:
-                await page.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
         await self._journal.drain(FLUSH_S)
         return 0
 
@@ -80,15 +100,13 @@ class SchedulerService:
         settings = self._settings
         if not settings.metrics_port:
             return None
-        registry = CollectorRegistry()
-        metrics.register(registry, self.scheduler, self._journal)
         return await chassis_metrics.serve(
-            settings.metrics_port, host=settings.metrics_host, healthy=self.server.serving, registry=registry
+            settings.metrics_port, host=settings.metrics_host, healthy=self.server.serving
         )
 
     async def _failed(self, tasks: list[asyncio.Task[None]]) -> int:
         for task in tasks:
-            if task.done() and (error := task.exception()) is not None:
+            if (error := task.exception()) is not None:
                 fenced = isinstance(error, FencedError)
                 log.error("fenced" if fenced else "the scheduler failed", exc_info=None if fenced else error)
         await self.server.drain(0)
@@ -102,22 +120,39 @@ class SchedulerService:
     async def _write_fleet(self) -> None:
         while True:
             await asyncio.sleep(FLEET_WRITE_S)
-            await self._store.write(self.scheduler.fleet.workers())
+            try:
+                await self._store.write(self.scheduler.fleet.workers())
+            except (RedisError, OSError) as error:
+                self._journal.heard(False, str(error))
+            else:
+                self._journal.heard(True)
 
     async def _drain(self) -> None:
-        """Nothing new; live requests end while the links stay up; then the links are cut."""
-        self.scheduler.draining = True
+        """Nothing new; live requests end while the links stay up; then the links end, and the server."""
+        self.scheduler.drain()
         self.server.stop_serving()
         log.info("draining", extra={"live": len(self.scheduler.requests)})
         deadline = time.monotonic() + self._settings.drain_timeout_s
         # Looked at as often as the clock ticks: a live request may end by any of a dozen events.
         while len(self.scheduler.requests) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(TICK_S)
-        await self.server.drain(0)
+        self.scheduler.revoke_queued()
+        self._dispatch.close()
+        self._fleet.close()
+        await self.server.drain(LINKS_END_S)
 
 
 async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int]:
-    """A connection that answers, and this boot's incarnation. Raises RedisError or OSError."""
+    """A connection that answers, and this boot's incarnation. Raises RedisError, OSError or (a bad URL) ValueError."""
     timeout = settings.redis_timeout_s
-    redis = Redis.from_url(settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout)
-    return redis, await next_incarnation(redis)
+    redis = Redis.from_url(
+        settings.redis_url,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),  # the journal has its own pace, and must notice at once
+    )
+    try:
+        return redis, await next_incarnation(redis)
+    except BaseException:
+        await redis.aclose()
+        raise
