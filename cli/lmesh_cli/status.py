@@ -61,6 +61,8 @@ def show(run_dir: RunDir, console: Console) -> bool:
         console.print(f"[red]the scheduler does not answer:[/red] {error}")
     else:
         console.print(_workers(fleet))
+        for worker in fleet.workers:
+            console.print(f"{worker.id}: {worker.model} on {worker.device}", highlight=False)
         journal = "ok" if fleet.journal_ok else "[red]not answering[/red]"
         console.print(
             f"queued {fleet.queued}, live {fleet.live}, gateways {fleet.gateways}, "
@@ -89,7 +91,6 @@ def _workers(fleet: FleetView) -> Table:
     table = Table(box=SIMPLE)
     for heading in ("worker", "state", "run", "wait", "kv blocks", "cache hits", "tokens out"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("model on device", overflow="fold")
     for worker in fleet.workers:
         table.add_row(*_cells(worker))
     return table
@@ -105,5 +106,4 @@ def _cells(worker: WorkerView) -> tuple[str, ...]:
         f"{worker.kv_blocks_used}/{worker.kv_blocks}",
         hits,
         str(worker.generated_tokens),
-        f"{worker.model} on {worker.device}",
     )
