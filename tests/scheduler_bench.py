@@ -32,7 +32,7 @@ class Bench:
     def __init__(self, **changes: float) -> None:
         self.now = 1000.0
         self.journaled: list[tuple[str, State]] = []
-        self.settings = SchedulerSettings(slots_factor=1.0, **changes)  # type: ignore[arg-type]
+        self.settings = SchedulerSettings(**{"slots_factor": 1.0, **changes})  # type: ignore[arg-type]
         self.core = Scheduler(
             self.settings,
             incarnation=INCARNATION,

@@ -143,6 +143,7 @@ class SchedulerLinks:
     """Stubs of one scheduler."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.channel = connect(f"127.0.0.1:{port}", retries=False)
         self.dispatch = dispatch_pb2_grpc.DispatchServiceStub(self.channel)
         self.fleet = fleet_pb2_grpc.FleetServiceStub(self.channel)

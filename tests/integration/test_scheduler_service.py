@@ -287,10 +287,10 @@ class Process:
 
 
 @asynccontextmanager
-async def scheduler_process(redis_url: str) -> AsyncIterator[Process]:
+async def scheduler_process(redis_url: str, address: str = "127.0.0.1:0") -> AsyncIterator[Process]:
     env = {
         **{key: value for key, value in os.environ.items() if not key.startswith("LMESH_")},
-        "LMESH_SCHEDULER_ADDRESS": "127.0.0.1:0",
+        "LMESH_SCHEDULER_ADDRESS": address,
         "LMESH_SCHEDULER_REDIS_URL": redis_url,
         "LMESH_DIE_WITH_PARENT": "1",
     }
@@ -341,3 +341,10 @@ class TestProcess:
             assert await scheduler.process.wait() == 2
         line = scheduler.logged("Redis does not answer") or {}
         assert line["setting"] == "LMESH_SCHEDULER_REDIS_URL"
+
+    async def test_a_taken_address_is_named(self, server: RedisServer, links: SchedulerLinks) -> None:
+        address = f"127.0.0.1:{links.port}"
+        async with scheduler_process(server.url, address) as scheduler, asyncio.timeout(WAIT_S):
+            assert await scheduler.process.wait() == 2
+        line = scheduler.logged("cannot listen") or {}
+        assert address in line["detail"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from lmesh_chassis import tracing
-from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Heartbeat
 from lmesh_scheduler.gateways import Expired, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.requests import State
@@ -108,13 +107,12 @@ class TestRoom:
         assert worker.placed == 3
 
     def test_slots_factor(self) -> None:
-        bench = Bench()
-        bench.core._settings = SchedulerSettings(slots_factor=2.5)
+        bench = Bench(slots_factor=2.5)
         gateway, worker = bench.gateway(), bench.worker(max_seqs=2)
         for i in range(9):
             bench.submit(gateway, str(i))
         assert worker.placed == 5
-        assert bench.core.queued == 4
+        assert bench.core.placements.queued == 4
 
     def test_load_is_spread(self, bench: Bench) -> None:
         gateway, one, two = bench.gateway(), bench.worker("w1"), bench.worker("w2")
@@ -144,7 +142,7 @@ class TestTime:
         assert told(gateway) == []
         bench.pass_time(2.0)
         assert told(gateway) == [Expired("waits", True), Expired("due", True)]
-        assert bench.core.queued == 0
+        assert bench.core.placements.queued == 0
 
     def test_expiry_while_running_frees_the_place(self, bench: Bench) -> None:
         gateway = bench.gateway()

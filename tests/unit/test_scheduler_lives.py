@@ -101,7 +101,7 @@ class MeshLife(RuleBasedStateMachine):
     @invariant()
     def queues_hold_the_queued(self) -> None:
         queued = [request for request in self.core.requests.live() if request.state is State.QUEUED]
-        assert self.core.queued == len(queued) <= 6
+        assert self.core.placements.queued == len(queued) <= 6
         leases = [r.lease for r in self.core.requests.of_gateway("g1") + self.core.requests.of_gateway("g2") if r.lease]
         assert len(leases) == len(set(leases))
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """The process's entry; exits 0 after a drain, 1 when fenced or failed, 2 on a bad setting or without Redis."""
+    """The process's entry; exits 0 after a drain, 1 when fenced or failed, 2 on a setting it cannot use."""
     settings = load_or_exit(SchedulerSettings, service="scheduler")
     logs.setup("scheduler", settings.log_level)
     sys.exit(lifecycle.run(lambda shutdown: _serve(settings, shutdown)))
@@ -32,6 +32,10 @@ async def _serve(settings: SchedulerSettings, shutdown: Shutdown) -> int:
         return 2
     try:
         return await SchedulerService(settings, redis, incarnation).run(shutdown)
+    except OSError as error:
+        settings_at_fault = "LMESH_SCHEDULER_ADDRESS or LMESH_SCHEDULER_METRICS_PORT"
+        log.error("cannot listen", extra={"setting": settings_at_fault, "detail": str(error)})
+        return 2
     finally:
         tracing.shutdown()
         await redis.aclose()

@@ -96,8 +96,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         scheduler = self._scheduler
         return pb.DescribeFleetResponse(
             incarnation=scheduler.incarnation,
-            queued=scheduler.queued,
-            live=len(scheduler.requests) - scheduler.queued,
+            queued=scheduler.placements.queued,
+            live=len(scheduler.requests) - scheduler.placements.queued,
             gateways=len(scheduler.gateways),
             workers=[self._status(worker) for worker in scheduler.fleet.workers()],
             journal_ok=self._journal_ok(),

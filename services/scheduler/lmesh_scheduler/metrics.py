@@ -22,12 +22,12 @@ class SchedulerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The current values."""
         scheduler, journal = self._scheduler, self._journal
-        yield _gauge("lmesh:scheduler_requests_queued", "Requests that wait for a worker.", scheduler.queued)
+        yield _gauge("lmesh:scheduler_requests_queued", "Requests that wait for a worker.", scheduler.placements.queued)
         yield _gauge("lmesh:scheduler_requests_live", "Requests that have not ended.", len(scheduler.requests))
         yield _gauge("lmesh:scheduler_gateways", "Gateways linked.", len(scheduler.gateways))
         yield _gauge("lmesh:scheduler_workers", "Workers known.", len(scheduler.fleet.workers()))
         yield _gauge("lmesh:scheduler_journal_ok", "1 when the journal took the last write.", int(journal.ok))
-        yield _counter("lmesh:scheduler_placements", "Placements made.", scheduler.placements_made)
+        yield _counter("lmesh:scheduler_placements", "Placements made.", scheduler.placements.made)
         yield _by_label(
             "lmesh:scheduler_requests_ended",
             "Requests that ended.",

@@ -11,13 +11,13 @@ from typing import NamedTuple
 from lmesh_chassis import tracing
 
 from lmesh_scheduler import errors
-from lmesh_scheduler.admission import AdmissionQueue, QueueFullError
+from lmesh_scheduler.admission import QueueFullError
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.deadlines import Deadlines
 from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
-from lmesh_scheduler.placement import RequestView, place
+from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent, TransitionError
 
 log = logging.getLogger(__name__)
@@ -57,17 +57,17 @@ class Scheduler:
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
         self.gateways = Gateways(grace_s=settings.gateway_grace_s, lost_s=settings.gateway_lost_s, clock=clock)
-        self._queues: dict[str, AdmissionQueue] = {}
+        self.placements = Placements(
+            settings,
+            self.fleet,
+            incarnation=incarnation,
+            clock=clock,
+            eligible=self._owner_listens,
+            grant=self._granted,
+        )
         self._deadlines = Deadlines()
-        self._leases = 0
         self.draining = False
-        self.placements_made = 0
         self.refused_by_reason: Counter[str] = Counter()
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait for a worker."""
-        return sum(len(queue) for queue in self._queues.values())
 
     # -- gateways
 
@@ -78,14 +78,14 @@ class Scheduler:
             standing = self._standing(request)
             if standing is not None:
                 gateway.tell(standing)
-        for model in self._queues:
-            self._place(model)
+        for model in self.placements.models():
+            self.placements.place(model)
         return gateway
 
     def _standing(self, request: Request) -> Event | None:
         """Where a request is, in the words that its gateway was told once; None where there were none."""
         if request.state is State.QUEUED:
-            return Queued(request.id, self._queues[request.submission.model].position(request))
+            return Queued(request.id, self.placements.position(request))
         if request.live:
             worker = self.fleet.find(request.worker_id, request.epoch)
             return None if worker is None else _placed(request, worker)
@@ -110,9 +110,8 @@ class Scheduler:
 
     def _admit(self, gateway: Gateway, submission: Submission) -> Refused | None:
         request = self._request(gateway, submission)
-        queue = self._queue(submission.model)
         try:
-            queue.add(request)
+            position = self.placements.add(request)
         except QueueFullError as error:
             return Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", error.retry_after_ms)
         self.requests.add(request)
@@ -122,14 +121,9 @@ class Scheduler:
             traceparent=submission.traceparent,
             attributes={"lmesh.request_id": request.id, "lmesh.model": submission.model},
         )
-        gateway.tell(Queued(request.id, queue.position(request)))
-        self._place(submission.model)
+        gateway.tell(Queued(request.id, position))
+        self.placements.place(submission.model)
         return None
-
-    def _queue(self, model: str) -> AdmissionQueue:
-        if model not in self._queues:
-            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
-        return self._queues[model]
 
     def _refusal(self, submission: Submission) -> Refused | None:
         request_id, model = submission.request_id, submission.model
@@ -215,7 +209,7 @@ class Scheduler:
             log.warning("worker replaced", extra={"worker_id": hello.worker_id, "epoch": replaced.hello.epoch})
             self._revoke_placements(replaced)
         self._catalog_changed()
-        self._place(hello.model.id)
+        self.placements.place(hello.model.id)
         return worker
 
     def worker_beat(self, worker: Worker, heartbeat: Heartbeat, *, draining: bool) -> None:
@@ -230,7 +224,7 @@ class Scheduler:
             )
         self.fleet.beat(worker, heartbeat)
         worker.draining = worker.draining or draining
-        self._place(worker.hello.model.id)
+        self.placements.place(worker.hello.model.id)
 
     def worker_unlinked(self, worker: Worker) -> None:
         """A Fleet link ended: a drained worker is gone, another has until its lease lapses to come back."""
@@ -263,33 +257,14 @@ class Scheduler:
         for gateway in self.gateways.all():
             gateway.tell_catalog()
 
-    # -- placing and ending
-
-    def _place(self, model: str) -> None:
-        """Places queued requests of one model in order, as far as its workers have room."""
-        queue = self._queues.get(model)
-        while queue is not None and (request := queue.next(self._owner_listens)) is not None:
-            view = RequestView(model=model, sequences=request.submission.n, prompt_tokens=request.prompt_tokens)
-            worker_id = place(view, (w.view(self._settings.slots_factor) for w in self.fleet.serving(model)))
-            worker = self.fleet.find(worker_id) if worker_id is not None else None
-            if worker is None:
-                return
-            queue.take(request)
-            self._grant(request, worker)
+    # -- leases and ends
 
     def _owner_listens(self, request: Request) -> bool:
         """A lease that nobody hears of would only keep others from the worker."""
         gateway = self.gateways.find(request.gateway_id)
         return gateway is not None and gateway.linked
 
-    def _grant(self, request: Request, worker: Worker) -> None:
-        self._leases += 1
-        self.placements_made += 1
-        # Incarnations are not behind the clock's seconds and grow with every boot, so even a count that runs over
-        # 32 bits does not meet a later boot's leases: no two of one mesh are ever alike.
-        request.lease = (self.incarnation << 32) + self._leases
-        request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
-        worker.give(request.id, request.submission.n)
+    def _granted(self, request: Request, worker: Worker) -> None:
         self.requests.move(request, State.PLACED, {"worker_id": worker.hello.worker_id})
         self._end_span(request, "placed")
         self._tell_owner(request, _placed(request, worker))
@@ -302,13 +277,13 @@ class Scheduler:
         self.requests.move(request, state, {"reason": reason} if reason else {})
         self._end_span(request, state.value.lower())
         if was_queued:
-            self._queues[request.submission.model].remove(request)
+            self.placements.withdraw(request)
             return
         worker = self.fleet.find(request.worker_id, request.epoch)
         if worker is not None:
             worker.take_back(request.id)
             self._leave_if_drained(worker)
-            self._place(request.submission.model)
+            self.placements.place(request.submission.model)
 
     def _end_span(self, request: Request, outcome: str) -> None:
         if request.span is not None:
@@ -333,10 +308,9 @@ class Scheduler:
             self._drop_requests_of(gateway, LIVE)
         for request in self._deadlines.due(self._clock()):
             self._expire(request)
-        for model, queue in self._queues.items():
-            if len(queue) and self._abandoned(model):
-                for request in queue.waiting():
-                    self._revoke(request, errors.WORKER_LOST)
+        for model in self.placements.models():
+            if self._abandoned(model):
+                self._revoke_waiting(model, errors.WORKER_LOST)
 
     def _expire(self, request: Request) -> None:
         queued = request.state is State.QUEUED
@@ -359,9 +333,12 @@ class Scheduler:
 
     def revoke_queued(self) -> None:
         """Ends what no worker took while draining; what runs goes on without a scheduler."""
-        for queue in self._queues.values():
-            for request in queue.waiting():
-                self._revoke(request, errors.DRAINING)
+        for model in self.placements.models():
+            self._revoke_waiting(model, errors.DRAINING)
+
+    def _revoke_waiting(self, model: str, reason: str) -> None:
+        for request in self.placements.waiting(model):
+            self._revoke(request, reason)
 
 
 def _placed(request: Request, worker: Worker) -> Placed:

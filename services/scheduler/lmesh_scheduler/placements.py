@@ -1,0 +1,86 @@
+"""Who waits for which model, and who was given which lease on which worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lmesh_scheduler.admission import AdmissionQueue
+from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.fleet import Fleet, Worker
+from lmesh_scheduler.placement import RequestView, place
+from lmesh_scheduler.requests import Request
+
+
+class Placements:
+    """The models' queues, and the leases. It changes no request's state: that is the caller's, told by `grant`."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        fleet: Fleet,
+        *,
+        incarnation: int,
+        clock: Callable[[], float],
+        eligible: Callable[[Request], bool],
+        grant: Callable[[Request, Worker], None],
+    ) -> None:
+        self._settings, self._fleet, self._clock = settings, fleet, clock
+        self._eligible, self._grant = eligible, grant
+        self._queues: dict[str, AdmissionQueue] = {}
+        # Incarnations are not behind the clock's seconds and grow with every boot, so even a count that runs over
+        # 32 bits does not meet a later boot's leases: no two of one mesh are ever alike.
+        self._first_lease = incarnation << 32
+        self.made = 0
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a worker."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    def models(self) -> list[str]:
+        """Models that requests wait for."""
+        return [model for model, queue in self._queues.items() if len(queue)]
+
+    def waiting(self, model: str) -> list[Request]:
+        """Requests that wait for a model."""
+        queue = self._queues.get(model)
+        return [] if queue is None else queue.waiting()
+
+    def add(self, request: Request) -> int:
+        """Queues a request; returns how many go before it. Raises QueueFullError."""
+        model = request.submission.model
+        if model not in self._queues:
+            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
+        self._queues[model].add(request)
+        return self.position(request)
+
+    def position(self, request: Request) -> int:
+        """How many go before a queued request."""
+        return self._queues[request.submission.model].position(request)
+
+    def withdraw(self, request: Request) -> None:
+        """A queued request has ended."""
+        self._queues[request.submission.model].remove(request)
+
+    def place(self, model: str) -> None:
+        """Grants leases to one model's requests in order, as far as its workers have room."""
+        queue = self._queues.get(model)
+        while queue is not None and (request := queue.next(self._eligible)) is not None:
+            worker = self._choose(request)
+            if worker is None:
+                return
+            queue.take(request)
+            self._lease(request, worker)
+            self._grant(request, worker)
+
+    def _choose(self, request: Request) -> Worker | None:
+        model = request.submission.model
+        view = RequestView(model=model, sequences=request.submission.n, prompt_tokens=request.prompt_tokens)
+        worker_id = place(view, (w.view(self._settings.slots_factor) for w in self._fleet.serving(model)))
+        return None if worker_id is None else self._fleet.find(worker_id)
+
+    def _lease(self, request: Request, worker: Worker) -> None:
+        self.made += 1
+        request.lease = self._first_lease + self.made
+        request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
+        worker.give(request.id, request.submission.n)
