@@ -69,6 +69,7 @@ async def opened(served: ServedText, **settings: Any) -> AsyncIterator[Scene]:
             "http_address": "127.0.0.1:0",
             "scheduler": f"127.0.0.1:{scheduler.port}",
             "drain_timeout_s": 1.0,
+            "drain_linger_s": 0.0,
             "run_resume_grace_s": 5.0,
         }
         | settings

@@ -39,6 +39,7 @@ class Running:
     start: rp.Start
     next_pos: int
     worker: ScriptedWorker
+    gateway_id: str
     ended: bool = False
 
     def give(self, ids: Sequence[int], finish: Any = rp.SEQUENCE_FINISH_UNSPECIFIED, **columns: Any) -> None:
@@ -55,7 +56,7 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
         self.aborts: list[tuple[int, int]] = []
         self.hellos: list[rp.RunHello] = []
         self.acked = 0
-        self.steps: list[rp.StepOutputs] = []
+        self._steps: dict[str, list[rp.StepOutputs]] = {}  # by gateway
         self.refuse: grpc.StatusCode | None = None
         self.lost = 0
         self.deaf = False  # takes what comes and loses it, as a connection does that is about to break
@@ -88,7 +89,8 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
     def step(
         self, parts: Sequence[tuple[Running, Sequence[int], Any]], *, lease: int | None = None, **columns: Any
     ) -> None:
-        outputs = rp.StepOutputs(step_seq=len(self.steps) + 1, weights_version=1)
+        steps = self._steps[parts[0][0].gateway_id]
+        outputs = rp.StepOutputs(step_seq=len(steps) + 1, weights_version=1)
         for sequence, ids, finish in parts:
             outputs.slot.append(sequence.start.slot)
             outputs.lease.append(sequence.start.lease if lease is None else lease)
@@ -101,8 +103,13 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
                 sequence.ended = finish != rp.SEQUENCE_FINISH_UNSPECIFIED
         for name, values in columns.items():
             getattr(outputs, name).extend(values)
-        self.steps.append(outputs)
+        steps.append(outputs)
         self.changes.note()
+
+    def forget_steps(self) -> None:
+        """As when a session was dropped: the next one counts from 1."""
+        for steps in self._steps.values():
+            steps.clear()
 
     async def Run(self, request_iterator: Any, context: Any) -> None:
         hello = (await context.read()).hello
@@ -114,8 +121,8 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
         self._attached += 1
         self.changes.note()
         tasks = [
-            asyncio.create_task(self._read(context)),
-            asyncio.create_task(self._write(context, hello.resume_after_step_seq)),
+            asyncio.create_task(self._read(context, hello.gateway_id)),
+            asyncio.create_task(self._write(context, hello)),
             asyncio.create_task(broken.wait()),
         ]
         try:
@@ -129,31 +136,33 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
         if broken.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted break")
 
-    async def _read(self, context: Any) -> None:
+    async def _read(self, context: Any, gateway_id: str) -> None:
         while (request := await context.read()) is not grpc.aio.EOF:
             if self.deaf:
                 self.lost += len(request.starts)
             else:
-                self._take(request)
+                self._take(request, gateway_id)
             self.changes.note()
 
-    def _take(self, request: rp.RunRequest) -> None:
+    def _take(self, request: rp.RunRequest, gateway_id: str) -> None:
+        own = [sequence for sequence in self.sequences if sequence.gateway_id == gateway_id and not sequence.ended]
         self.acked = max(self.acked, request.acked_step_seq)
         for start in request.starts:
-            live = [s for s in self.sequences if s.start.slot == start.slot and not s.ended]
-            assert not live, f"slot {start.slot} is in use"
-            self.sequences.append(Running(start, len(start.ids), self))
+            assert start.slot not in [sequence.start.slot for sequence in own], f"slot {start.slot} is in use"
+            own.append(Running(start, len(start.ids), self, gateway_id))
+            self.sequences.append(own[-1])
         for abort in request.aborts:
             self.aborts.append((abort.slot, abort.lease))
-            for sequence in self.sequences:
-                if (sequence.start.slot, sequence.start.lease) == (abort.slot, abort.lease) and not sequence.ended:
+            for sequence in own:
+                if (sequence.start.slot, sequence.start.lease) == (abort.slot, abort.lease):
                     sequence.give([], rp.SEQUENCE_FINISH_ABORTED)
 
-    async def _write(self, context: Any, cursor: int) -> None:
+    async def _write(self, context: Any, hello: rp.RunHello) -> None:
+        steps, cursor = self._steps.setdefault(hello.gateway_id, []), hello.resume_after_step_seq
         while True:
-            await self.changes.until(lambda after=cursor: len(self.steps) > after, 60.0)
+            await self.changes.until(lambda after=cursor: len(steps) > after, 60.0)
             cursor += 1
-            await context.write(rp.RunResponse(outputs=self.steps[cursor - 1]))
+            await context.write(rp.RunResponse(outputs=steps[cursor - 1]))
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,7 @@ class Record:
     """What the scheduler keeps of a request."""
 
     submit: dp.Submit
+    gateway_id: str = ""
     lease: int = 0
     state: str = "QUEUED"
     finished: list[dp.Finished] = field(default_factory=list)
@@ -188,7 +198,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         self.cancels: list[str] = []
         self.workers_lost: list[str] = []
         self.react: Callable[[Record], None] = self.place
-        self._outbox: list[dp.DispatchResponse] = []
+        self._outboxes: dict[str, list[dp.DispatchResponse]] = {}  # by gateway
         self._break = asyncio.Event()
         self._leases = 100
         self.server = GrpcServer("127.0.0.1:0", domain="lmesh.scheduler", reflection=False)
@@ -221,12 +231,15 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         await self.changes.until(lambda: record.finished)
         return record.finished[0]
 
-    def tell(self, **parts: Any) -> None:
-        self._outbox.append(dp.DispatchResponse(**parts))
+    def tell(self, gateway_id: str = "", **parts: Any) -> None:
+        """Tells one gateway, or all."""
+        for known, outbox in self._outboxes.items():
+            if gateway_id in ("", known):
+                outbox.append(dp.DispatchResponse(**parts))
         self.changes.note()
 
     def queue(self, record: Record) -> None:
-        self.tell(queued=[dp.Queued(request_id=record.submit.request_id, position=1)])
+        self.tell(record.gateway_id, queued=[dp.Queued(request_id=record.submit.request_id, position=1)])
 
     def place(self, record: Record) -> None:
         if not record.lease:
@@ -239,7 +252,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             address=self.worker.address,
             lease=record.lease,
         )
-        self.tell(placed=[dp.Placed(request_id=record.submit.request_id, legs=[leg])])
+        self.tell(record.gateway_id, placed=[dp.Placed(request_id=record.submit.request_id, legs=[leg])])
 
     def catalog(self) -> model_pb2.ModelCatalog:
         model = self.model
@@ -256,16 +269,16 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         return model_pb2.ModelCatalog(entries=[entry])
 
     async def Dispatch(self, request_iterator: Any, context: Any) -> None:
-        assert (await context.read()).hello.gateway_id
+        gateway_id = (await context.read()).hello.gateway_id
         broken = self._break
         await context.write(dp.DispatchResponse(hello=dp.SchedulerHello(incarnation=1)))
-        self._outbox.insert(0, dp.DispatchResponse(catalog=self.catalog()))
+        self._outboxes.setdefault(gateway_id, []).insert(0, dp.DispatchResponse(catalog=self.catalog()))
         for record in self.records.values():  # the standing of what lives, as the real one tells it
-            if record.state == "PLACED" and not record.finished:
+            if record.gateway_id == gateway_id and record.state == "PLACED" and not record.finished:
                 self.place(record)
         tasks = [
-            asyncio.create_task(self._read(context)),
-            asyncio.create_task(self._write(context)),
+            asyncio.create_task(self._read(context, gateway_id)),
+            asyncio.create_task(self._write(context, gateway_id)),
             asyncio.create_task(broken.wait()),
         ]
         try:
@@ -277,10 +290,10 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, context: Any) -> None:
+    async def _read(self, context: Any, gateway_id: str) -> None:
         while (request := await context.read()) is not grpc.aio.EOF:
             for submit in request.submits:
-                self._submit(submit)
+                self._submit(submit, gateway_id)
             for started in request.started:
                 self.records[started.request_id].started += 1
             for finished in request.finished:
@@ -289,19 +302,20 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             self.workers_lost += [lost.worker_id for lost in request.workers_lost]
             self.changes.note()
 
-    def _submit(self, submit: dp.Submit) -> None:
+    def _submit(self, submit: dp.Submit, gateway_id: str) -> None:
         if submit.request_id in self.records:
             refused = dp.Refused(request_id=submit.request_id, reason="DUPLICATE_REQUEST_ID", message="it is live")
-            self.tell(refused=[refused])
+            self.tell(gateway_id, refused=[refused])
             return
-        record = Record(submit)
+        record = Record(submit, gateway_id)
         self.records[submit.request_id] = record
         self.react(record)
 
-    async def _write(self, context: Any) -> None:
+    async def _write(self, context: Any, gateway_id: str) -> None:
+        outbox = self._outboxes[gateway_id]
         while True:
-            await self.changes.until(lambda: self._outbox, 60.0)
-            await context.write(self._outbox.pop(0))
+            await self.changes.until(lambda: outbox, 60.0)
+            await context.write(outbox.pop(0))
 
     async def DescribeRequest(self, request: Any, context: Any) -> dp.DescribeRequestResponse:
         record = self.records.get(request.request_id)

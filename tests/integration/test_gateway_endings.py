@@ -228,7 +228,7 @@ class TestLinks:
         assert error.reason == "WORKER_LOST"
         assert not scene.scheduler.workers_lost  # it lives
         scene.worker.refuse = None
-        scene.worker.steps.clear()
+        scene.worker.forget_steps()
         call = asyncio.create_task(collect(scene.generate()))
         (await scene.worker.sequence(1)).give([2], LENGTH)
         assert (await call).ids[0] == [2]
@@ -306,14 +306,14 @@ class TestSlowReader:
 
 class TestDrain:
     async def test_live_streams_end_and_nothing_new_is_taken(self, served: ServedText) -> None:
-        async with opened(served, drain_timeout_s=20.0) as scene:
+        async with opened(served, drain_timeout_s=20.0, drain_linger_s=2.0) as scene:
             call = asyncio.create_task(collect(scene.generate()))
             running = await scene.worker.sequence(0)
             drained = asyncio.create_task(scene.gateway.drain())
             await asyncio.sleep(0)
             assert not scene.gateway.ready
             error, _ = await failure(scene.generate())
-            assert error.code is grpc.StatusCode.UNAVAILABLE
+            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
             running.give([1, 2], LENGTH)
             assert (await call).ids[0] == [1, 2]
             assert (await scene.scheduler.ended()).outcome == dp.OUTCOME_FINISHED

@@ -24,6 +24,7 @@ class GatewaySettings(ChassisSettings):
     max_requests: int = 4096  # live requests of one process; more are refused
     run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
     scheduler_grace_s: float = 10.0  # how long requests that wait for a worker survive without a scheduler
+    drain_linger_s: float = 0.5  # after SIGTERM, how long new requests are still answered, with DRAINING
     reuse_port: bool = False  # other processes listen on the same addresses; set for the copies of `processes`
 
     def __post_init__(self) -> None:

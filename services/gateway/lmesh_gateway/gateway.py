@@ -116,6 +116,8 @@ class Gateway:
         self.generator.draining = True
         self._grpc.set_all_serving(False)
         _log.info("draining", extra={"timeout_s": self._settings.drain_timeout_s})
+        # A client that has not heard of it yet is told DRAINING, not cut off by a closing listener.
+        await asyncio.sleep(self._settings.drain_linger_s)
         await asyncio.gather(self._grpc.drain(self._settings.drain_timeout_s), self._drain_http())
         await self._runs.close()
         await self._dispatch.close()

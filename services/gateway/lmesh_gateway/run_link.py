@@ -21,6 +21,8 @@ from lmesh_gateway.slots import SequenceFinish, SequenceListener, SequenceOutput
 
 _log = logging.getLogger(__name__)
 
+# A worker that does not end its side must not hold up the process's exit.
+_CLOSE_TIMEOUT_S = 2.0
 # The worker holds nothing for us any more, or cannot go on where we are.
 _SESSION_GONE = frozenset({grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.RESOURCE_EXHAUSTED})
 # It is not the worker that the placement meant.
@@ -69,6 +71,8 @@ class RunLink:
     async def close(self) -> None:
         """Sends what is left to say and ends the stream well."""
         self._link.close()
+        await asyncio.wait({self._task}, timeout=_CLOSE_TIMEOUT_S)
+        self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:

@@ -17,7 +17,7 @@ async def merged(generator: Generator, requests: Sequence[GenerationRequest]) ->
     The first failure ends the whole: the others are cancelled and it is raised. So does closing the iterator.
     """
     if len(requests) == 1:
-        async with aclosing(generator.generate(requests[0])) as events:  # type: ignore[type-var]
+        async with aclosing(generator.generate(requests[0])) as events:
             async for event in events:
                 yield 0, event
         return
@@ -44,7 +44,7 @@ async def _forward(
     generator: Generator, index: int, request: GenerationRequest, queue: asyncio.Queue[Tagged | Exception | None]
 ) -> None:
     try:
-        async with aclosing(generator.generate(request)) as events:  # type: ignore[type-var]
+        async with aclosing(generator.generate(request)) as events:
             async for event in events:
                 await queue.put((index, event))
         await queue.put(None)
