@@ -30,6 +30,7 @@ class TemplateSandbox:
         for _ in range(processes):
             self._slots.put_nowait(None)
         self._closed = False
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def render(
         self,
@@ -73,7 +74,7 @@ class TemplateSandbox:
             # cancelled one included, the rest of the answer would be taken for the next caller's.
             keep = whole and not self._closed
             if not keep:
-                _kill(process)
+                self._end(process)
             self._slots.put_nowait(process if keep else None)
 
     async def _spawn(self) -> Process:
@@ -83,22 +84,29 @@ class TemplateSandbox:
         try:
             await process.stdout.readexactly(1)
         except BaseException as error:
-            _kill(process)
+            self._end(process)
             if isinstance(error, EOFError):
                 raise RuntimeError("the process that renders templates did not start") from error
             raise
         return process
 
+    def _end(self, process: Process | None) -> None:
+        """Kills a helper at once and leaves the rest to a task of its own."""
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        task = asyncio.create_task(_reap(process))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
     async def close(self) -> None:
         """Ends the idle helpers; one that is rendering ends when it has answered."""
         self._closed = True
-        idle = [self._slots.get_nowait() for _ in range(self._slots.qsize())]
-        for process in idle:
-            _kill(process)
+        for _ in range(self._slots.qsize()):
+            self._end(self._slots.get_nowait())
             self._slots.put_nowait(None)
-        for process in idle:
-            if process is not None:
-                await process.wait()
+        await asyncio.gather(*self._ending)
 
 
 def _result(answer: dict[str, str]) -> str:
@@ -115,8 +123,7 @@ async def _exchange(process: Process, frame: bytes) -> bytes:
     return await process.stdout.readexactly(length)
 
 
-def _kill(process: Process | None) -> None:
-    """Ends a helper at once; the event loop reaps it."""
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+async def _reap(process: Process) -> None:
+    """Waits for a killed helper's end and for its pipes to close."""
+    with contextlib.suppress(ConnectionError):
+        await process.communicate()
