@@ -280,7 +280,8 @@ class Process:
     async def read_log(self) -> None:
         assert self.process.stderr is not None
         while line := await self.process.stderr.readline():
-            self.lines.append(json.loads(line))
+            if line.startswith(b"{"):  # gRPC's own library may add a line of its own
+                self.lines.append(json.loads(line))
 
     def logged(self, message: str) -> dict[str, Any] | None:
         return next((line for line in self.lines if line["message"] == message), None)
