@@ -18,7 +18,8 @@ _TEXTS = (
     "日本の首都は東京です。フランスの首都は",
     "SELECT name, COUNT(*) AS orders FROM customers JOIN orders USING (customer_id)\nGROUP BY",
     "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n",
-    "<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n"
+    "<|im_start|>assistant\n",
     "Ingredients:\n- 200 g flour\n- 2 eggs\n- 300 ml milk\n\nMethod:\n1.",
     "😀 😃 😄 are emojis that show",
 )

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-LOOPING_TEMPLATE = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+_FOR = "{% for x in range(99999) %}"
+LOOPING_TEMPLATE = _FOR * 3 + "{% endfor %}" * 3
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -280,7 +280,7 @@ class TestBadInput:
             collect(mesh, generate_request("x", 1, temperature=math.nan))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "temperature" in (refused.value.details() or "")
-        body = '{"model": "%s", "prompt": "x", "temperature": NaN}' % MODEL
+        body = f'{{"model": "{MODEL}", "prompt": "x", "temperature": NaN}}'
         headers = {"content-type": "application/json"}
         response = httpx.post(f"{mesh.url}/v1/completions", content=body, headers=headers)
         assert response.status_code == 400

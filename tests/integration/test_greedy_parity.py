@@ -119,10 +119,7 @@ def run(engine: Engine, setting: Setting, names: tuple[str, ...]) -> dict[str, l
     rising = sorted(names, key=lambda name: len(prompt_ids()[name]))
     names = (rising[-1], *rising[:-1])
     starts = [start(key, prompt_ids()[name]) for key, name in enumerate(names)]
-    if setting.together:
-        out = engine.generate(starts)
-    else:
-        out = {s.key: engine.generate([s])[s.key] for s in starts}
+    out = engine.generate(starts) if setting.together else {s.key: engine.generate([s])[s.key] for s in starts}
     return {name: out[key] for key, name in enumerate(names)}
 
 
