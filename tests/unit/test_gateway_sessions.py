@@ -255,6 +255,15 @@ class TestDispatchSession:
         session.on_placed("r", LEG)
         assert owner.told == ["placed 7"]
 
+    def test_an_end_before_the_repeat_goes_out(self) -> None:
+        for happen, cancels in ((lambda s: s.on_expired("r", True), []), (lambda s: s.withdraw("r"), ["r"])):
+            session, _ = self.opened()
+            session.broken()
+            session.connected()
+            happen(session)
+            batch = session.collect()
+            assert (batch.submits, batch.cancels) == ([], cancels) if batch is not None else not cancels
+
     def test_a_duplicate_that_is_one(self) -> None:
         session, owner = self.opened()
         session.on_refused("r", "DUPLICATE_REQUEST_ID", "live", 0)
@@ -310,6 +319,8 @@ class TestDispatchSession:
             (lambda s: s.on_revoked("r", 0, "CANCELLED"), "CANCELLED CANCELLED"),
             (lambda s: s.on_revoked("r", 0, "WORKER_LOST"), "FAILED WORKER_LOST"),
             (lambda s: s.on_revoked("r", 0, "DRAINING"), "FAILED DRAINING"),
+            (lambda s: s.on_revoked("r", 0, "GATEWAY_LOST"), "FAILED SCHEDULER_UNAVAILABLE"),
+            (lambda s: s.on_revoked("r", 0, "MODEL_NOT_FOUND"), "FAILED MODEL_NOT_FOUND"),
             (lambda s: s.on_expired("r", True), "EXPIRED QUEUE_TIMEOUT"),
             (lambda s: s.on_refused("r", "MODEL_NOT_FOUND", "gone", 0), "FAILED MODEL_NOT_FOUND"),
             (lambda s: s.on_refused("r", "NEW_REASON", "?", 0), "FAILED SCHEDULER_UNAVAILABLE"),

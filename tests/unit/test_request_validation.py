@@ -19,7 +19,7 @@ from lmesh_gateway.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from lmesh_gateway.validation import check_against_model, check_request
+from lmesh_gateway.validation import check_against_model, check_request, check_text_length
 from lmesh_kernels.text.generation import GenerationDefaults
 
 GOOD = GenerationRequest(model="m", prompt=TextPrompt(text="x"))
@@ -109,3 +109,12 @@ def test_prompt_without_tokens() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_against_model(GOOD, [], MODEL)
     assert caught.value.field == "text.prompt"
+
+
+def test_text_that_cannot_fit_is_not_even_tokenized() -> None:
+    known = replace(MODEL, longest_token_bytes=5)
+    check_text_length("text.prompt", "x" * 80, known)
+    with pytest.raises(ContextLengthExceededError) as caught:
+        check_text_length("text.prompt", "x" * 81, known)
+    assert "81 characters" in caught.value.message and caught.value.metadata["max_model_len"] == "8"
+    check_text_length("text.prompt", "x" * 81, MODEL)  # nothing is known of its tokens

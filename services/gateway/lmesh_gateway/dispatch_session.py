@@ -13,6 +13,7 @@ from lmesh_gateway.errors import (
     DeadlineExceededError,
     DrainingError,
     DuplicateRequestIdError,
+    InvalidArgumentError,
     ModelNotFoundError,
     NoWorkerError,
     QueueFullError,
@@ -27,7 +28,14 @@ _log = logging.getLogger(__name__)
 
 _REFUSALS: dict[str, type[ServiceError]] = {
     error.reason: error
-    for error in (QueueFullError, ModelNotFoundError, NoWorkerError, DuplicateRequestIdError, DrainingError)
+    for error in (
+        QueueFullError,
+        ModelNotFoundError,
+        NoWorkerError,
+        DuplicateRequestIdError,
+        DrainingError,
+        InvalidArgumentError,
+    )
 }
 # Prompt ids in one batch; at up to 5 bytes an id this stays well below the message size limit.
 _MAX_IDS = 1_000_000
@@ -104,10 +112,9 @@ class DispatchSession:
         entry = self._forget(request_id, None)
         if entry is None:
             return
+        self._unsay(entry.plan)
         if entry.sent:
             self._outbox.cancels.append(request_id)
-        else:
-            self._outbox.submits.remove(entry.plan)
 
     def cancel(self, request_id: str) -> None:
         """Cancels a request of another gateway."""
@@ -198,12 +205,8 @@ class DispatchSession:
         entry = self._live.get(request_id)
         if entry is None or (entry.leg is not None and lease not in (0, entry.leg.lease)):
             return
-        if reason == "CANCELLED":
-            self._end(request_id, CancelledError("the request was cancelled"), Outcome.CANCELLED)
-        elif reason == "DRAINING":
-            self._end(request_id, DrainingError("the worker is leaving", retry_after_ms=_RETRY_MS), Outcome.FAILED)
-        else:
-            self._end(request_id, WorkerLostError("the worker that held the request is lost"), Outcome.FAILED)
+        outcome = Outcome.CANCELLED if reason == "CANCELLED" else Outcome.FAILED
+        self._end(request_id, _revocation(reason), outcome)
 
     def on_expired(self, request_id: str, queued: bool) -> None:
         """A deadline passed."""
@@ -227,9 +230,12 @@ class DispatchSession:
             return
         if entry.leg is None:
             self._forget(request_id, None)
-            if not entry.sent:
-                self._outbox.submits.remove(entry.plan)
+            self._unsay(entry.plan)
         entry.listener.on_ended(error, outcome)
+
+    def _unsay(self, plan: Plan) -> None:
+        """Takes back a submission, the first or a repeated one, that has not gone out yet."""
+        self._outbox.submits = [waiting for waiting in self._outbox.submits if waiting is not plan]
 
     def _forget(self, request_id: str, report: Report | None) -> Submitted | None:
         entry = self._live.pop(request_id, None)
@@ -242,3 +248,16 @@ class DispatchSession:
         self._ended.move_to_end(request_id)
         while len(self._ended) > _ENDED_KEPT:
             self._ended.popitem(last=False)
+
+
+def _revocation(reason: str) -> ServiceError:
+    if reason == "CANCELLED":
+        return CancelledError("the request was cancelled")
+    if reason == "DRAINING":
+        return DrainingError("the worker is leaving; try again", retry_after_ms=_RETRY_MS)
+    if reason == "MODEL_NOT_FOUND":
+        return ModelNotFoundError("the last worker that served the model has left", field="model")
+    if reason == "GATEWAY_LOST":
+        text = "this gateway had no scheduler for too long; try again"
+        return SchedulerUnavailableError(text, retry_after_ms=_RETRY_MS)
+    return WorkerLostError("the worker that held the request is lost")

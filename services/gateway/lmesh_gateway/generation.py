@@ -185,6 +185,7 @@ class ServedModel:
     workers: int
     tokenizer: TextTokenizer
     defaults: GenerationDefaults
+    longest_token_bytes: int = 0  # 0: not known
 
 
 class ModelDirectory(Protocol):

@@ -38,6 +38,7 @@ class CatalogModel:
 class _Text:
     tokenizer: TextTokenizer
     defaults: GenerationDefaults
+    longest_token_bytes: int
 
 
 class CatalogDirectory:
@@ -50,12 +51,14 @@ class CatalogDirectory:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="load-model")
         self._fed = False
+        self._settled = False
 
     @property
     def settled(self) -> bool:
-        """A catalog has come, and every model in it is usable or known not to be."""
+        """A catalog has come and every model in it was loaded or found unusable; later ones change nothing of it."""
         known = self._texts.keys() | self._faults.keys()
-        return self._fed and all(model.text_digest in known for model in self._catalog.values())
+        self._settled = self._settled or (self._fed and all(m.text_digest in known for m in self._catalog.values()))
+        return self._settled
 
     def feed(self, catalog: list[CatalogModel]) -> None:
         """Takes a new catalog, whole; begins to load what is new in it."""
@@ -100,6 +103,7 @@ class CatalogDirectory:
             workers=model.workers,
             tokenizer=text.tokenizer,
             defaults=text.defaults,
+            longest_token_bytes=text.longest_token_bytes,
         )
 
     async def _load(self, model: CatalogModel) -> None:
@@ -136,4 +140,6 @@ def _load_text(model: CatalogModel) -> _Text:
             f"tokenizer and chat template of {model.source} have digest {found[:12]} here and "
             f"{model.text_digest[:12]} at the workers; give both the same files"
         )
-    return _Text(load_tokenizer(files), load_generation_defaults(files))
+    tokenizer = load_tokenizer(files)
+    longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+    return _Text(tokenizer, load_generation_defaults(files), longest)

@@ -19,6 +19,7 @@ from lmesh_gateway.errors import (
     TemplateTimeoutError,
 )
 from lmesh_gateway.generation import ChatPrompt, Prompt, ServedModel, TokenPrompt
+from lmesh_gateway.validation import check_text_length, prompt_field
 
 _TEMPLATE_ERRORS: dict[str, type[ServiceError]] = {
     error.reason: error
@@ -36,13 +37,17 @@ class PromptBuilder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
     async def ids(self, prompt: Prompt, model: ServedModel) -> Sequence[int]:
-        """The prompt's ids; token prompts as they are. Raises NoChatTemplateError or a template's error."""
+        """The prompt's ids; token prompts as they are. Raises NoChatTemplateError, a template's error, or
+        ContextLengthExceededError for text that is far too long."""
         if isinstance(prompt, TokenPrompt):
             return prompt.ids
         if isinstance(prompt, ChatPrompt):
             # A template writes the special tokens itself: adding the tokenizer's own would double the BOS.
-            return await self._encode(model.tokenizer, await self._render(prompt, model), add_special_tokens=False)
-        return await self._encode(model.tokenizer, prompt.text, add_special_tokens=True)
+            text, add_special_tokens = await self._render(prompt, model), False
+        else:
+            text, add_special_tokens = prompt.text, True
+        check_text_length(prompt_field(prompt), text, model)
+        return await self._encode(model.tokenizer, text, add_special_tokens=add_special_tokens)
 
     async def _render(self, prompt: ChatPrompt, model: ServedModel) -> str:
         template = model.tokenizer.chat_template

@@ -68,6 +68,19 @@ def check_against_model(request: GenerationRequest, prompt_ids: Sequence[int], m
         )
 
 
+def check_text_length(field: str, text: str, model: ServedModel) -> None:
+    """Refuses text that cannot fit however it is tokenized, before seconds go into tokenizing it."""
+    # Twice: a normalizer may shorten the text.
+    most = 2 * model.max_model_len * model.longest_token_bytes
+    if most and len(text) > most:  # characters, of which each has at least a byte
+        raise ContextLengthExceededError(
+            f"the prompt has {len(text)} characters, and {model.id} takes {model.max_model_len} tokens of prompt and "
+            "output together; shorten the prompt",
+            field=field,
+            metadata={"prompt_characters": str(len(text)), "max_model_len": str(model.max_model_len)},
+        )
+
+
 def prompt_field(prompt: Prompt) -> str:
     """The request field that a prompt came in."""
     if isinstance(prompt, TextPrompt):
