@@ -1,0 +1,35 @@
+"""Recommended sampling from generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmesh_kernels.text.generation import GenerationDefaults, load_generation_defaults
+from lmesh_kernels.text.resolve import ModelFiles
+
+NOTHING = GenerationDefaults()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 512},
+            GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=512),
+        ),
+        ({"temperature": 0.6}, GenerationDefaults(temperature=0.6)),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, GenerationDefaults(temperature=0.0)),
+        ({"eos_token_id": 2}, NOTHING),
+    ],
+)
+def test_what_the_authors_say_and_no_more(tmp_path: Path, config: dict[str, Any], expected: GenerationDefaults) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert load_generation_defaults(ModelFiles(source="", path=tmp_path, format="hf")) == expected
+
+
+def test_no_file_and_gguf_recommend_nothing(tmp_path: Path) -> None:
+    assert load_generation_defaults(ModelFiles(source="", path=tmp_path, format="hf")) == NOTHING
+    assert load_generation_defaults(ModelFiles(source="", path=tmp_path / "a.gguf", format="gguf")) == NOTHING
