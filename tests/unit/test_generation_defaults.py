@@ -33,3 +33,11 @@ def test_what_the_authors_say_and_no_more(tmp_path: Path, config: dict[str, Any]
 def test_no_file_and_gguf_recommend_nothing(tmp_path: Path) -> None:
     assert load_generation_defaults(ModelFiles(source="", path=tmp_path, format="hf")) == NOTHING
     assert load_generation_defaults(ModelFiles(source="", path=tmp_path / "a.gguf", format="gguf")) == NOTHING
+
+
+def test_the_catalog_fills_what_the_files_leave_open(tmp_path: Path) -> None:
+    packaged = ModelFiles(source="packaged:smollm2-135m-instruct", path=tmp_path / "a.gguf", format="gguf")
+    assert load_generation_defaults(packaged) == GenerationDefaults(temperature=0.2, top_p=0.9)
+    hub = ModelFiles(source="hub:HuggingFaceTB/SmolLM2-135M-Instruct@abc", path=tmp_path, format="hf")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
+    assert load_generation_defaults(hub) == GenerationDefaults(temperature=0.7, top_p=0.9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from lmesh_kernels.text.catalog import entry_of
 from lmesh_kernels.text.resolve import ModelFiles
 
 
@@ -19,17 +20,16 @@ class GenerationDefaults:
 
 
 def load_generation_defaults(files: ModelFiles) -> GenerationDefaults:
-    """The recommended sampling of a model (a GGUF file carries none)."""
+    """The recommended sampling of a model: its generation_config.json, and what the catalog knows beyond that."""
+    known = entry_of(files.source)
     path = files.path / "generation_config.json"
-    if files.format == "gguf" or not path.is_file():
-        return GenerationDefaults()
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8")) if files.format == "hf" and path.is_file() else {}
     longest = config.get("max_new_tokens")
     if config.get("do_sample") is False:
         return GenerationDefaults(temperature=0.0, max_new_tokens=longest)
     return GenerationDefaults(
-        temperature=config.get("temperature"),
-        top_p=config.get("top_p"),
+        temperature=config.get("temperature", known.temperature if known else None),
+        top_p=config.get("top_p", known.top_p if known else None),
         top_k=config.get("top_k"),
         max_new_tokens=longest,
     )
