@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmesh_kernels.blocks import HASH_BYTES, block_hash, prefix_hashes, root_hash
 
@@ -28,6 +28,7 @@ def test_every_field_of_the_root_counts(other: dict[str, Any]) -> None:
     assert root_hash(**BASE | other) != ROOT
 
 
+@settings(deadline=None)
 @given(st.text(max_size=6), st.text(max_size=6))
 def test_text_cannot_move_from_one_field_to_the_next(adapter: str, salt: str) -> None:
     joined = root_hash(**BASE, adapter_digest=adapter + salt, cache_salt="")
@@ -35,6 +36,7 @@ def test_text_cannot_move_from_one_field_to_the_next(adapter: str, salt: str) ->
     assert (joined == apart) == (salt == "")
 
 
+@settings(deadline=None)
 @given(token_ids, st.integers(1, 20))
 def test_prefixes_are_chained_full_blocks(ids: list[int], size: int) -> None:
     hashes = prefix_hashes(ROOT, ids, size)
@@ -45,6 +47,7 @@ def test_prefixes_are_chained_full_blocks(ids: list[int], size: int) -> None:
         assert found == parent and len(found) == HASH_BYTES
 
 
+@settings(deadline=None)
 @given(token_ids, token_ids, st.integers(1, 8))
 def test_two_sequences_share_exactly_their_common_blocks(a: list[int], b: list[int], size: int) -> None:
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lmesh_kernels.text.byte_rules import ByteFallbackRule, ByteLevelRule
 from lmesh_kernels.text.detokenize import Detokenizer
@@ -33,6 +33,7 @@ def streamed(tokenizer: TextTokenizer, ids: Sequence[int], cut_at: list[int], *,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(raw=numbers, cut_at=cuts, skip=st.booleans())
 def test_pieces_make_the_full_text_of_any_ids(kind: str, raw: list[int], cut_at: list[int], skip: bool) -> None:
     tokenizer = KINDS[kind]
@@ -43,6 +44,7 @@ def test_pieces_make_the_full_text_of_any_ids(kind: str, raw: list[int], cut_at:
 
 
 @pytest.mark.parametrize("kind", BYTEWISE)
+@settings(deadline=None)
 @given(text=texts)
 @example(text="\U0001f600\U0001f600\U0001f600\U0001f600")
 @example(text="  a")
@@ -55,6 +57,7 @@ def test_no_piece_shows_part_of_a_character(kind: str, text: str) -> None:
     assert "".join(pieces).lstrip(" ") == text.lstrip(" ")
 
 
+@settings(deadline=None)
 @given(text=texts)
 def test_byte_level_text_comes_back_exactly(text: str) -> None:
     ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
@@ -62,6 +65,7 @@ def test_byte_level_text_comes_back_exactly(text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(prompt=numbers.filter(bool), raw=numbers)
 def test_a_continuation_adds_to_its_prompts_text(kind: str, prompt: list[int], raw: list[int]) -> None:
     tokenizer = KINDS[kind]

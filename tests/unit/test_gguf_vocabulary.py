@@ -75,7 +75,7 @@ def test_every_type_of_value_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     whole = write(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
@@ -139,7 +139,7 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, model: str, pre: str, n
 
 @pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "qwen2", "smollm"])
 @given(text=st.text(max_size=40))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_any_text_comes_back(tmp_path: Path, pre: str, text: str) -> None:
     path = tmp_path / "a.gguf"
     tokenizer = loaded(path if path.is_file() else write(path, pre=pre))

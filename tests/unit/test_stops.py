@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lmesh_kernels.text.stops import StopMatcher
 
@@ -32,6 +32,7 @@ def streamed(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
     return shown + matcher.flush(), None
 
 
+@settings(deadline=None)
 @given(st.lists(letters, max_size=8), stop_lists)
 @example(["aa", "b"], ["aab", "ab"])
 @example(["aba", "bb"], ["abb"])
@@ -39,11 +40,13 @@ def test_streamed_equals_a_search_of_the_whole(pieces: list[str], stops: list[st
     assert streamed(pieces, stops) == naive("".join(pieces), stops)
 
 
+@settings(deadline=None)
 @given(letters, stop_lists)
 def test_how_the_text_is_cut_does_not_matter(text: str, stops: list[str]) -> None:
     assert streamed(list(text), stops) == streamed([text], stops)
 
 
+@settings(deadline=None)
 @given(st.lists(letters, max_size=8), stop_lists)
 def test_only_what_may_begin_a_stop_is_held(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)

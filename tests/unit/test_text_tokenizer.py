@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError
 from lmesh_kernels.text.template import render
@@ -34,6 +34,7 @@ def folder(path: Path, **texts: Any) -> ModelFiles:
 
 
 @pytest.mark.parametrize("way", BOS_WAYS)
+@settings(deadline=None)
 @given(text=st.text(alphabet="ab<s>/", max_size=12))
 def test_special_tokens_put_exactly_one_bos_in_front(way: str, text: str) -> None:
     tokenizer = BOS_WAYS[way]
@@ -71,6 +72,7 @@ def test_written_special_tokens_become_their_ids() -> None:
     assert NO_BOS.decode(ids, skip_special_tokens=False) == "a<s>b</s>"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_bytes_of_ids_join_to_the_text(text: str) -> None:
     ids = NO_BOS.encode(text, add_special_tokens=False)
