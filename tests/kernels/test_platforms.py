@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -29,24 +28,15 @@ def test_what_is_not_there_is_refused_by_name() -> None:
             detect(name)
 
 
-def test_a_stream_runs_in_order_beside_its_caller() -> None:
-    stream = detect("cpu", threads=2).stream()
-    gate, order = threading.Event(), []
-
-    def first() -> str:
-        gate.wait(30)
-        order.append("first")
-        return "one"
-
-    one = stream.submit(first)
-    two = stream.submit(lambda: order.append("second"))
-    assert not one.done()
-    assert not two.done()
-    gate.set()
-    assert two.result() is None
-    assert one.done()
-    assert one.result() == "one"
+def test_a_cpu_stream_runs_in_order_and_in_place() -> None:
+    platform = detect("cpu", threads=2)
+    stream = platform.stream()
+    order: list[str] = []
+    one = stream.submit(lambda: order.append("first") or "one")
+    two = stream.submit(lambda: order.append("second") or "two")
+    assert not platform.overlaps
     assert order == ["first", "second"]
+    assert (one.done(), one.result(), two.result()) == (True, "one", "two")
     stream.close()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from lmesh_kernels.ops.linear import linear, pack
 
 
 class Linear(nn.Module):
@@ -18,7 +19,12 @@ class Linear(nn.Module):
         # Shapes only: the decoder lays all slots out in one allocation.
         self.register_buffer("weight", torch.empty(outputs, inputs, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
+        self._packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Copies the weights into the fastest layout of their device, for every product from now on."""
+        self._packed = pack(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, inputs]; returns [T, outputs]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self._packed)

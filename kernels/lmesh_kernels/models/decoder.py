@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from lmesh_kernels.layers.attention import PagedAttention, SelfAttention
 from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.layers.mlp import MLP
 from lmesh_kernels.layers.norm import RMSNorm
 from lmesh_kernels.models.arena import lay_out
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.ops.embedding import embed, vocabulary_logits
+from lmesh_kernels.ops.linear import pack
 from lmesh_kernels.ops.rope import rope_table
 
 
@@ -64,6 +66,21 @@ class Decoder(nn.Module):
         self.arena = lay_out(self, dtype, device)
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("rotations", table.to(device), persistent=False)
+        self._packed_head: Tensor | None = None
+
+    def pack(self) -> None:
+        """Copies the weights of all products into the fastest layout of their device; they must be loaded.
+
+        Costs `footprint.packed_bytes` more. A swap of weights in the arena must be followed by another `pack`.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        self._packed_head = pack(self._head_weight)
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return (self.embedding if self.head is None else self.head).weight
 
     def forward(self, batch: PagedBatch, attention: PagedAttention) -> Tensor:
         """Run one step's tokens, writing their K and V into the attention's cache.
@@ -80,5 +97,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, vocab] float32 of the rows asked for, hidden [R, hidden]."""
-        head = self.embedding if self.head is None else self.head
-        return vocabulary_logits(hidden, head.weight)
+        return vocabulary_logits(hidden, self._head_weight, self._packed_head)

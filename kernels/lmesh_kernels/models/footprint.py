@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_plan import CPU_GROUP_BYTES, DEVICE_GROUP_BYTES, PIECE_ROWS
@@ -14,6 +15,13 @@ def parameter_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     # Laid out on the meta device by the same code, so the two cannot disagree.
     shapes = Decoder(config, dtype=dtype, device=torch.device("meta"))
     return shapes.arena.numel() * dtype.itemsize + shapes.rotations.numel() * shapes.rotations.dtype.itemsize
+
+
+def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that `Decoder.pack` adds at most: every product's weights once more."""
+    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"))
+    linears = sum(m.weight.numel() for m in shapes.modules() if isinstance(m, Linear))
+    return (linears + config.vocab_size * config.hidden_size) * dtype.itemsize
 
 
 def activation_bytes(

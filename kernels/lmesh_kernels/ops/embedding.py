@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from lmesh_kernels.ops.linear import linear, linear_reference
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:
@@ -16,11 +17,11 @@ def embed_reference(ids: Tensor, weight: Tensor) -> Tensor:
     return weight.index_select(0, ids)
 
 
-def vocabulary_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [R, D] times weight [V, D]; returns float32 logits [R, V]."""
-    return vocabulary_logits_reference(hidden, weight)
+def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
+    """hidden [R, D] times weight [V, D]; returns float32 logits [R, V]. `packed` is `ops.linear.pack` of the weight."""
+    return linear(hidden, weight, packed=packed).float()
 
 
 def vocabulary_logits_reference(hidden: Tensor, weight: Tensor) -> Tensor:
     """As `vocabulary_logits`, in plain torch: the product in the weights' dtype, then widened."""
-    return F.linear(hidden, weight).float()
+    return linear_reference(hidden, weight).float()

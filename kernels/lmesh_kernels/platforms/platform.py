@@ -60,6 +60,7 @@ class Platform(ABC):
     name: Kind
     device: torch.device
     supports_graphs: bool = False
+    overlaps: bool = True  # the host can go on while the device computes
 
     @abstractmethod
     def describe(self) -> DeviceInfo:

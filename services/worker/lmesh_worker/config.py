@@ -30,7 +30,7 @@ class WorkerSettings(ChassisSettings):
     memory_fraction: float = 0.0  # of the free memory, for weights, activations and KV together
     max_model_len: int = 0
     prefix_cache: bool = True
-    pipeline_depth: int = 1
+    pipeline_depth: int = -1  # 0 or 1; -1: the platform chooses
     threads: int = 0
 
     run_grace_s: float = 10.0  # how long a gateway whose stream broke may come back to its sequences
@@ -48,8 +48,8 @@ class WorkerSettings(ChassisSettings):
                 raise ValueError(f"{name} must be 0 (planned) or more")
         if self.block_size < 1 or self.max_unacked_steps < 1 or self.max_unacked_bytes < 1:
             raise ValueError("block_size, max_unacked_steps and max_unacked_bytes must be at least 1")
-        if self.pipeline_depth not in (0, 1):
-            raise ValueError("pipeline_depth must be 0 or 1")
+        if self.pipeline_depth not in (-1, 0, 1):
+            raise ValueError("pipeline_depth must be 0, 1 or -1 (the platform chooses)")
         if not 0 <= self.memory_fraction <= 1:
             raise ValueError("memory_fraction must lie in [0, 1]")
         if self.run_grace_s <= 0 or self.step_bound_s <= 0 or self.compile_bound_s <= 0:

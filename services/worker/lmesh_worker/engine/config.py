@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 0  # tokens of one step: the chunk of a prefill
     max_model_len: int = 0  # longest prompt plus output; 0 takes the model's, as far as the pool holds it
     prefix_cache: bool = True
-    pipeline_depth: int = 1  # steps scheduled ahead of the device: 0 or 1
+    pipeline_depth: int = -1  # steps scheduled ahead of the device, 0 or 1; -1: one where the device can overlap
     threads: int = 0  # compute threads of a CPU engine
     weights_version: int = 1
     model_digest: str = ""  # computed from the files when empty
@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"block_size must be at least 1, not {self.block_size}")
         if not 0 <= self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must lie in [0, 1], not {self.memory_fraction}")
-        if self.pipeline_depth not in (0, 1):
-            raise ConfigError(f"pipeline_depth must be 0 or 1, not {self.pipeline_depth}")
+        if self.pipeline_depth not in (-1, 0, 1):
+            raise ConfigError(f"pipeline_depth must be 0, 1 or -1 (the platform chooses), not {self.pipeline_depth}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")

@@ -43,9 +43,12 @@ class Engine:
         self.config = config
         self.platform = platforms.detect(config.device, threads=config.threads)
         model = load_config(files)
+        self.depth = config.pipeline_depth if config.pipeline_depth >= 0 else int(self.platform.overlaps)
         self.plan: MemoryPlan = plan_memory(config, model, self.platform)
         plan = self.plan
         decoder = load_model(files, dtype=plan.dtype, device=self.platform.device)
+        if plan.pack_weights:
+            decoder.pack()
         kv = KVCache(model, plan.kv_blocks, plan.block_size, plan.dtype, self.platform.device)
         self.decoder = decoder
         self.pool = BlockPool(plan.kv_blocks)
@@ -64,7 +67,7 @@ class Engine:
             max_tokens=plan.max_step_tokens,
             max_seqs=plan.max_seqs,
             max_blocks=plan.max_blocks,
-            depth=config.pipeline_depth,
+            depth=self.depth,
         )
         self.limits = Limits(max_model_len=plan.max_model_len, vocab_size=model.vocab_size)
         self._digest = config.model_digest or model_digest(files)
@@ -134,7 +137,7 @@ class Engine:
         plan = self.batcher.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.launch(plan)))
-        if self._in_flight and (plan is None or len(self._in_flight) > self.config.pipeline_depth):
+        if self._in_flight and (plan is None or len(self._in_flight) > self.depth):
             self._commit_oldest()
         return self._take_report(begin)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.models.config import ModelConfig
-from lmesh_kernels.models.footprint import activation_bytes, parameter_bytes
+from lmesh_kernels.models.footprint import activation_bytes, packed_bytes, parameter_bytes
 from lmesh_kernels.platforms.platform import Platform
 
 from lmesh_worker.engine.config import ConfigError, EngineConfig
@@ -33,6 +33,7 @@ class MemoryPlan:
     block_size: int
     kv_blocks: int
     max_blocks: int  # of one sequence
+    pack_weights: bool  # hold the weights once more in the device's fastest layout
     lines: dict[str, int]
 
 
@@ -51,16 +52,21 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     weights = parameter_bytes(model, dtype)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
     block = KVCache.bytes_per_block(model, config.block_size, dtype)
-    left = int(free * (config.memory_fraction or fraction)) - weights - activations
+    budget = int(free * (config.memory_fraction or fraction))
+    packed = packed_bytes(model, dtype) if platform.name == "cpu" and dtype is torch.float32 else 0
+    # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
+    packed = packed if weights + packed + activations <= budget // 2 else 0
+    left = budget - weights - packed - activations
     kv_blocks = _kv_blocks(config, block, left, cap)
     lines = {
         "free": free,
         "weights": weights,
+        "packed_weights": packed,
         "activations": activations,
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - activations)
+    _check_fit(lines, kv_blocks * block > free - weights - packed - activations)
     max_model_len = _max_model_len(config, model, kv_blocks, lines)
     log.info("memory plan %s", lines)
     return MemoryPlan(
@@ -71,6 +77,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         block_size=config.block_size,
         kv_blocks=kv_blocks,
         max_blocks=-(-max_model_len // config.block_size),
+        pack_weights=packed > 0,
         lines=lines,
     )
 
