@@ -343,7 +343,7 @@ class TestTools:
 def test_drain_on_sigterm(tmp_path: Path) -> None:
     """`lmesh down` sends SIGTERM in order; a running stream is finished, not cut."""
     with running_mesh(tmp_path, "--model", f"{MODEL}={SOURCE}") as mesh:
-        request = generate_request("The drained stream", 200)
+        request = generate_request("The drained stream", 24)
         with mesh.stub() as stub:
             call = stub.Generate(request, timeout=120)
             next(call), next(call)
@@ -355,4 +355,4 @@ def test_drain_on_sigterm(tmp_path: Path) -> None:
                     finish = event.finish
             down.join()
         assert finish is not None
-        assert finish.usage.completion_tokens == 200
+        assert finish.usage.completion_tokens == 24
