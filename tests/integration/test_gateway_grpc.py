@@ -69,7 +69,8 @@ class TestStreaming:
         call = asyncio.create_task(collect(scene.stub.Generate(plain)))
         running = await scene.worker.sequence(0)
         params = running.start.params
-        assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+        # What the model's authors recommend, and all candidates where they say nothing.
+        assert (params.temperature, params.top_p, params.top_k) == (pytest.approx(0.2), pytest.approx(0.9), 0)
         assert params.max_tokens == 8192 - len(running.start.ids)
         assert tuple(params.stop_token_ids) == tokenizer.eos_ids
         assert (params.logprobs, params.prompt_logprobs) == (-1, -1)
