@@ -11,6 +11,7 @@ from lmesh_worker.messages import Params
 # Kept here, not in errors: the engine process checks too, and it must not import gRPC.
 INVALID_START = "INVALID_START"
 PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+MAX_TOP_K = 2**31 - 1  # the device holds it as int32
 
 
 class Fault(NamedTuple):
@@ -37,16 +38,20 @@ def find_fault(ids: list[int], prompt_len: int, params: Params, limits: Limits) 
         return Fault(PROMPT_TOO_LONG, f"{len(ids)} tokens; the model takes {room}, and its output")
     if max(ids) >= limits.vocab_size:
         return Fault(INVALID_START, f"id {max(ids)} is not below the vocabulary's {limits.vocab_size}")
-    return _params_fault(params)
+    if min(ids) < 0:
+        return Fault(INVALID_START, f"ids must be at least 0, not {min(ids)}")
+    return _params_fault(params, limits.vocab_size)
 
 
-def _params_fault(params: Params) -> Fault | None:
+def _params_fault(params: Params, vocab_size: int) -> Fault | None:
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         return Fault(INVALID_START, "temperature must be finite and at least 0")
     if not 0 < params.top_p <= 1:
         return Fault(INVALID_START, "top_p must lie in (0, 1]")
-    if params.logprobs < -1 or params.prompt_logprobs < -1:
-        return Fault(INVALID_START, "logprobs and prompt_logprobs must be -1 (none) or more")
-    if params.max_tokens < 1 and params.prompt_logprobs < 0:
+    if not 0 <= params.top_k <= MAX_TOP_K:
+        return Fault(INVALID_START, f"top_k must lie in 0..{MAX_TOP_K}, 0 for all")
+    if not (-1 <= params.logprobs <= vocab_size and -1 <= params.prompt_logprobs <= vocab_size):
+        return Fault(INVALID_START, f"logprobs and prompt_logprobs must lie in -1..{vocab_size}, -1 for none")
+    if params.max_tokens < (0 if params.prompt_logprobs >= 0 else 1):
         return Fault(INVALID_START, "max_tokens must be at least 1, or 0 with prompt_logprobs")
     return None

@@ -64,6 +64,11 @@ class Batcher:
             self.suspects.remove(sequence)
         sequence.state = State.ENDED
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Makes a sequence's blocks unfindable: what is in them may be why it failed, and would fail others."""
+        for block in sequence.blocks:
+            self.pool.withdraw(block)
+
     def _give_back(self, sequence: Sequence) -> None:
         # The tail first: it is the least likely to be asked for again, so it should be evicted first.
         for block in reversed(sequence.blocks):

@@ -24,6 +24,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._poll = select.poll()  # takes any descriptor; select refuses those from 1024 on
+        self._poll.register(sock, select.POLLIN)
         self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
@@ -40,7 +42,7 @@ class Channel:
         """Commands that have come; with `wait` at least one. Raises PeerGoneError."""
         while True:
             yield from self._complete()
-            if not select.select([self._sock], [], [], None if wait and not self._seen else 0)[0]:
+            if not self._poll.poll(None if wait and not self._seen else 0):
                 self._seen = False
                 return
             self._read()

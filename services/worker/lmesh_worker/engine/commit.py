@@ -9,7 +9,6 @@ from lmesh_worker.engine.outputs import ReportBuilder
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.runner import Scores, StepResult
 from lmesh_worker.engine.sequence import Sequence, State
-from lmesh_worker.messages import Finish
 
 NON_FINITE_LOGITS = "NON_FINITE_LOGITS"
 
@@ -29,7 +28,7 @@ class Committer:
         for index, row in enumerate(plan.rows):
             live = row.sequence.state is not State.ENDED and row.rollbacks == row.sequence.rollbacks
             if live and index in result.prompt_logprobs:
-                _extend(row.sequence, result.prompt_logprobs[index])
+                _take_scores(row, result.prompt_logprobs[index])
             if not row.samples:
                 continue
             if live:
@@ -39,10 +38,12 @@ class Committer:
     def _take(self, row: Row, token_id: int, finite: bool, scores: Scores | None, report: ReportBuilder) -> None:
         sequence = row.sequence
         sequence.pending -= 1
-        if sequence.suspected and self._batcher.suspects and self._batcher.suspects[0] is sequence:
+        if self._batcher.suspects and self._batcher.suspects[0] is sequence:
             self._batcher.suspects.popleft()  # it ran alone and did no harm
         if not finite:
-            report.error(sequence.key, NON_FINITE_LOGITS, "the model's output for this sequence is not finite")
+            message = "the model's output for this sequence is not finite"
+            report.error(sequence.key, NON_FINITE_LOGITS, message, len(sequence.ids))
+            self._batcher.distrust(sequence)
             self._end(sequence)
             return
         if sequence.params.max_tokens > 0:
@@ -55,7 +56,9 @@ class Committer:
             k = sequence.params.logprobs
             report.logprobs(sequence, prompt=False, k=k, chosen=chosen, ids=ids, values=values)
         self._batcher.note_committed(row)
-        self._finish_if_done(sequence, token_id, report)
+        if (finish := sequence.end(self._batcher.max_model_len)) is not None:
+            report.finish(sequence.key, finish, len(sequence.ids))
+            self._end(sequence)
 
     def _first_output(self, sequence: Sequence, report: ReportBuilder) -> None:
         if sequence.first_output_at:
@@ -68,23 +71,16 @@ class Committer:
             report.logprobs(sequence, prompt=True, k=k, chosen=chosen, ids=ids, values=values)
             sequence.prompt_logprobs = ([], [], [])
 
-    def _finish_if_done(self, sequence: Sequence, token_id: int, report: ReportBuilder) -> None:
-        position = len(sequence.ids) - 1
-        if sequence.params.max_tokens > 0 and token_id in sequence.stop_ids:
-            report.finish(sequence.key, Finish.STOP, position)
-        elif sequence.complete(self._batcher.max_model_len):
-            report.finish(sequence.key, Finish.LENGTH, position)
-        else:
-            return
-        self._end(sequence)
-
     def _end(self, sequence: Sequence) -> None:
         self._batcher.remove(sequence)
         self._forget(sequence)
 
 
-def _extend(sequence: Sequence, scores: Scores) -> None:
-    chosen, ids, values = sequence.prompt_logprobs
+def _take_scores(row: Row, scores: Scores) -> None:
+    """Puts a chunk's prompt scores where they belong: a recomputed chunk replaces what it gave before."""
+    chosen, ids, values = row.sequence.prompt_logprobs
+    k = row.sequence.params.prompt_logprobs
+    del chosen[row.start :], ids[row.start * k :], values[row.start * k :]
     chosen += scores[0].tolist()
     ids += scores[1].flatten().tolist()
     values += scores[2].flatten().tolist()

@@ -23,7 +23,7 @@ from lmesh_worker.engine.commit import Committer
 from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.memory import MemoryPlan, plan_memory
 from lmesh_worker.engine.outputs import ReportBuilder
-from lmesh_worker.engine.plan import StepPlan
+from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.quarantine import STEP_FAILED, isolate
 from lmesh_worker.engine.runner import Runner, StepResult
 from lmesh_worker.engine.sequence import Sequence
@@ -88,10 +88,14 @@ class Engine:
         if fault is None and start.key in self._live:
             raise ValueError(f"key {start.key} is in use")
         if fault is not None:
-            self._report.error(start.key, fault.reason, fault.message)
+            self._report.error(start.key, fault.reason, fault.message, len(start.ids))
             return
         self._arrivals += 1
         sequence = Sequence(start, self._root(start.cache_salt), self._arrivals)
+        if len(start.ids) > start.prompt_len and (finish := sequence.end(self.plan.max_model_len)) is not None:
+            # Taken over from a worker that died after the last id: all that is missing is the word that it ended.
+            self._report.finish(start.key, finish, len(start.ids))
+            return
         self._live[start.key] = sequence
         self.batcher.add(sequence)
 
@@ -160,7 +164,7 @@ class Engine:
             self.batcher.remove(culprit.sequence)
             self._forget(culprit.sequence)
             message = f"a step with this sequence failed: {type(culprit.error).__name__}"
-            self._report.error(culprit.sequence.key, STEP_FAILED, message)
+            self._report.error(culprit.sequence.key, STEP_FAILED, message, len(culprit.sequence.ids))
 
     def _take_report(self, begin: float) -> StepReport | None:
         if not self._report and not self._gauges_changed:
@@ -205,8 +209,12 @@ class Engine:
 
     def warm_up(self) -> None:
         """Runs a few tokens, so that the first request does not pay for first-time work of the libraries."""
-        length = min(4, self.plan.max_model_len - 1)
-        self.generate([Start(-1, "warm-up", 0, [0] * length, length, Params(max_tokens=1), cache_salt="warm-up")])
+        count = min(4, self.plan.block_size, self.plan.max_model_len)
+        # Past the batcher and the pool: block 0 stays free and unfindable, and no counter moves.
+        for params in (Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9)):
+            sequence = Sequence(Start(-1, "warm-up", 0, [0] * count, count, params), b"", 0)
+            sequence.blocks, sequence.slot = [0], 0
+            self._runner.launch(StepPlan([Row(sequence, 0, count, True, 0)])).result()
 
     def close(self) -> None:
         """Waits for launched work and gives the device back."""

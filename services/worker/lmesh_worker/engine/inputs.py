@@ -27,7 +27,8 @@ class Sampling:
     choice: Tensor
     position: Tensor  # [R] int64, absolute position of the new id
     hints: SampleHints
-    logprobs: tuple[int, ...]  # alternatives asked for by each, -1 none
+    scored: Tensor  # [L] int64: which of the R want log-probabilities
+    alternatives: dict[int, int]  # by index among the R, of those L in order: how many alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class PromptScoring:
 
     row: int  # index of the plan's row
     begin: int  # index of the first token in the step
-    targets: tuple[int, ...]  # the ids that follow the positions
+    targets: Tensor  # [N] int64, the ids that follow the positions
     alternatives: int
 
 
@@ -57,8 +58,8 @@ def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int) -> StepI
     begins = [0, *accumulate(row.count for row in plan.rows)]
     batch, token_slots = _batch(plan, buffers, block_size, begins)
     sampling = _sampling(plan.rows, buffers, begins)
-    scoring = tuple(s for i, row in enumerate(plan.rows) if row.prompt_logits and (s := _scoring(i, row, begins[i])))
-    return StepInputs(batch, token_slots, sampling, scoring, len(sampling.logprobs))
+    scoring = (_scoring(i, row, begins[i], buffers) for i, row in enumerate(plan.rows) if row.prompt_logits)
+    return StepInputs(batch, token_slots, sampling, tuple(s for s in scoring if s is not None), len(sampling.slots))
 
 
 def _batch(plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[int]) -> tuple[PagedBatch, Tensor]:
@@ -116,6 +117,7 @@ def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int]) -> Sampl
     count = len(picked)
     temperature, top_p = [p.temperature for p in params], [p.top_p for p in params]
     top_k = [p.top_k for p in params]
+    alternatives = {i: p.logprobs for i, p in enumerate(params) if p.logprobs >= 0}
     return Sampling(
         rows=buffers.int64.put([last for _, _, last in picked], count),
         slots=buffers.int64.put([s.slot for s, _, _ in picked], count),
@@ -126,13 +128,15 @@ def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int]) -> Sampl
         choice=buffers.int64.put([s.choice for s, _, _ in picked], count),
         position=buffers.int64.put([row.start + row.count for _, row, _ in picked], count),
         hints=SampleHints.of(temperature, top_p, top_k),
-        logprobs=tuple(p.logprobs for p in params),
+        scored=buffers.int64.put(list(alternatives), len(alternatives)),
+        alternatives=alternatives,
     )
 
 
-def _scoring(index: int, row: Row, begin: int) -> PromptScoring | None:
+def _scoring(index: int, row: Row, begin: int, buffers: StepBuffers) -> PromptScoring | None:
     sequence = row.sequence
     targets = sequence.ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
     if not targets:
         return None
-    return PromptScoring(index, begin, tuple(targets), sequence.params.prompt_logprobs)
+    column = buffers.int64.put(targets, len(targets))
+    return PromptScoring(index, begin, column, sequence.params.prompt_logprobs)

@@ -113,4 +113,7 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, kv_blocks: int, lin
         log.warning(
             "max_model_len is %d, not the model's %d: the KV cache holds no more", held, model.max_position_embeddings
         )
-    return asked or min(held, model.max_position_embeddings)
+    length = asked or min(held, model.max_position_embeddings)
+    if length < 2:
+        raise ConfigError(f"max_model_len {length} has no place for a new token beside a prompt; at least 2 is needed")
+    return length

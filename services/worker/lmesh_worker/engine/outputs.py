@@ -38,28 +38,28 @@ class ReportBuilder:
         self._ids[self._at(sequence.key, len(sequence.ids) - 1)].append(token_id)
 
     def first_output(self, sequence: Sequence) -> None:
-        """Notes the timing of a sequence's first output."""
+        """Notes the timing of a sequence's first output; called after `token`, where there is one."""
         sequence.first_output_at = time.monotonic()
         queued = sequence.first_scheduled_at - sequence.started_at
         prefill = sequence.first_output_at - sequence.first_scheduled_at
-        entry = self._at(sequence.key, len(sequence.ids) - 1)
+        entry = self._at(sequence.key, len(sequence.ids))
         timing = Timing(entry, sequence.cached_tokens, _micros(queued), _micros(prefill), sequence.preemptions)
         self._timings.append(timing)
 
     def logprobs(
         self, sequence: Sequence, *, prompt: bool, k: int, chosen: list[float], ids: list[int], values: list[float]
     ) -> None:
-        """Log-probabilities of new tokens, or of the prompt."""
-        entry = self._at(sequence.key, len(sequence.ids) - 1)
+        """Log-probabilities of new tokens, or of the prompt; called after `token`, where there is one."""
+        entry = self._at(sequence.key, len(sequence.ids))
         self._logprobs.append(Logprobs(entry, prompt, chosen, k, ids, values))
 
-    def finish(self, key: int, finish: Finish, position: int = 0) -> None:
-        """A sequence's end."""
+    def finish(self, key: int, finish: Finish, position: int) -> None:
+        """A sequence's end; `position` is where its next id would have gone."""
         self._finish[self._at(key, position)] = finish
 
-    def error(self, key: int, reason: str, message: str) -> None:
+    def error(self, key: int, reason: str, message: str, position: int) -> None:
         """A sequence's end by an error."""
-        self.finish(key, Finish.ERROR)
+        self.finish(key, Finish.ERROR, position)
         self._errors.append(SequenceError(self._entry[key], reason, message))
 
     def build(self, load: Load, *, weights_version: int, step_us: int) -> StepReport:

@@ -16,6 +16,7 @@ import sys
 import msgspec
 from lmesh_kernels.models.config import UnsupportedModelError
 from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.platforms.platform import PlatformError
 from lmesh_kernels.text.resolve import ModelNotFoundError, resolve
 
 from lmesh_worker.engine.channel import Channel, PeerGoneError
@@ -25,6 +26,16 @@ from lmesh_worker.engine.quarantine import EngineBrokenError
 from lmesh_worker.messages import Abort, Command, Fatal, Progress, ProgressChange, Ready, Start
 
 log = logging.getLogger("lmesh_worker.engine")
+
+# What a person can put right: said in their own words, without a traceback.
+_START_ERRORS = (
+    ConfigError,
+    ModelNotFoundError,
+    PlatformError,
+    UnsupportedModelError,
+    WeightsError,
+    msgspec.DecodeError,
+)
 
 
 def main() -> int:
@@ -51,8 +62,14 @@ def _serve(channel: Channel, source: str) -> int:
         channel.send(ProgressChange(Progress.COMPILING))
         engine = Engine(config, resolve(source))
         engine.warm_up()
-    except (ConfigError, UnsupportedModelError, WeightsError, ModelNotFoundError, msgspec.ValidationError) as error:
+    except _START_ERRORS as error:
         channel.send(Fatal("ENGINE_START_FAILED", str(error)))
+        return 1
+    except PeerGoneError:
+        raise
+    except Exception as error:  # the process's edge: the server is told, whatever it was
+        log.exception("the engine did not start")
+        channel.send(Fatal("ENGINE_START_FAILED", f"{type(error).__name__}: {error}"))
         return 1
     # What is alive now lives as long as the process; collecting it again and again would stall steps.
     gc.collect()
@@ -63,6 +80,12 @@ def _serve(channel: Channel, source: str) -> int:
         loop(engine, channel)
     except EngineBrokenError as error:
         channel.send(Fatal("ENGINE_DEVICE_LOST", str(error)))
+        return 1
+    except PeerGoneError:
+        raise
+    except Exception as error:  # a bug of ours outside of any step
+        log.exception("the engine cannot go on")
+        channel.send(Fatal("ENGINE_FAILED", f"{type(error).__name__}: {error}"))
         return 1
     engine.close()
     return 0

@@ -13,8 +13,6 @@ from lmesh_worker.engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 STEP_FAILED = "STEP_FAILED"
-# A sequence that was part of this many failed steps is given up, though it ran alone without harm in between.
-MAX_SUSPICIONS = 3
 
 
 class EngineBrokenError(RuntimeError):
@@ -31,8 +29,9 @@ class Culprit(NamedTuple):
 def isolate(batcher: Batcher, plans: Many[StepPlan], error: BaseException) -> list[Culprit]:
     """Rolls failed steps back; their sequences run alone from here on, one after the other.
 
-    `plans` are the failed step and those launched after it. Returns the sequences that are to fail now: one that
-    failed alone, or one that has been part of too many failed steps. Raises EngineBrokenError for a lost device.
+    `plans` are the failed step and those launched after it. Returns the sequence that is to fail now, if it failed
+    alone: company is no proof, however often (who runs alone without harm has got on by a token, so even steps that
+    fail only in company come to an end). Raises EngineBrokenError for a lost device.
     """
     if "CUDA error" in str(error) and "out of memory" not in str(error):
         raise EngineBrokenError(str(error)) from error
@@ -41,9 +40,7 @@ def isolate(batcher: Batcher, plans: Many[StepPlan], error: BaseException) -> li
     log.exception("a step of %d sequences failed; %d are run again alone", len(alone), len(affected), exc_info=error)
     culprits = []
     for sequence in affected:
-        sequence.suspected += 1
-        is_alone = len(alone) == 1 and sequence.key in alone
-        if is_alone or sequence.suspected >= MAX_SUSPICIONS:
+        if len(alone) == 1 and sequence.key in alone:
             culprits.append(Culprit(sequence, error))
         elif sequence not in batcher.suspects:
             batcher.suspects.append(sequence)

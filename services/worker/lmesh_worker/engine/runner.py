@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
 
 import torch
 from lmesh_kernels.layers.attention import PagedAttention
@@ -58,10 +59,16 @@ class Runner:
         self._last_ids = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
 
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
-        """Starts a step after those launched before. At most depth + 1 may be in flight."""
+        """Starts a step after those launched before; whatever goes wrong, its result raises it.
+
+        At most depth + 1 may be in flight.
+        """
         buffers = self._sets[self._launched % len(self._sets)]
         self._launched += 1
-        inputs = build_inputs(plan, buffers, self._block_size)
+        try:
+            inputs = build_inputs(plan, buffers, self._block_size)
+        except Exception as error:  # noqa: BLE001 - a value that no tensor takes is its sequence's fault, as in a step
+            return self._stream.submit(partial(_raise, error))
         return self._stream.submit(lambda: self._run(inputs, buffers))
 
     @torch.inference_mode()
@@ -96,33 +103,45 @@ class Runner:
         result.ids.copy_(ids, non_blocking=True)
         # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
         result.finite.copy_(logits.sum(dim=-1).isfinite(), non_blocking=True)
-        result.logprobs = dict(self._chosen_logprobs(logits, ids, sampling.logprobs))
+        if sampling.alternatives:
+            result.logprobs = self._chosen_logprobs(logits, ids, sampling)
         return result
 
-    def _chosen_logprobs(
-        self, logits: Tensor, ids: Tensor, alternatives: tuple[int, ...]
-    ) -> Iterator[tuple[int, Scores]]:
-        for row, k in enumerate(alternatives):
-            if k >= 0:
-                yield row, _to_host(token_logprobs(logits[row : row + 1], ids[row : row + 1], k))
+    def _chosen_logprobs(self, logits: Tensor, ids: Tensor, sampling: Sampling) -> dict[int, Scores]:
+        """All rows that want them at once, with as many alternatives as the one that wants most."""
+        if len(sampling.alternatives) < len(logits):
+            logits, ids = logits.index_select(0, sampling.scored), ids.index_select(0, sampling.scored)
+        most = max(sampling.alternatives.values())
+        chosen, best, values = self._to_host(token_logprobs(logits, ids, most))
+        return {
+            row: (chosen[i : i + 1], best[i : i + 1, :k], values[i : i + 1, :k])
+            for i, (row, k) in enumerate(sampling.alternatives.items())
+        }
 
     def _score_prompt(self, hidden: Tensor, scoring: PromptScoring) -> Scores:
         """Log-probabilities of prompt ids, in pieces no larger than a step's logits were planned to be."""
-        targets = torch.tensor(scoring.targets, dtype=torch.int64, device=hidden.device)
         rows = hidden[scoring.begin : scoring.begin + len(scoring.targets)]
         pieces = [
-            token_logprobs(self._decoder.logits(rows[i : i + self._max_seqs]), targets[i : i + self._max_seqs], k)
-            for k in (scoring.alternatives,)
-            for i in range(0, len(scoring.targets), self._max_seqs)
+            token_logprobs(self._decoder.logits(piece), targets, scoring.alternatives)
+            for piece, targets in zip(
+                *(torch.split(column, self._max_seqs) for column in (rows, scoring.targets)), strict=True
+            )
         ]
         chosen, ids, values = (torch.cat(column) for column in zip(*pieces, strict=True))
-        return _to_host((chosen, ids, values))
+        return self._to_host((chosen, ids, values))
+
+    def _to_host(self, scores: Scores) -> Scores:
+        """Starts the copies into staging memory; a copy into any other would wait for the device."""
+        chosen, ids, values = (
+            t if t.device.type == "cpu" else self._platform.staging(tuple(t.shape), t.dtype).copy_(t, non_blocking=True)
+            for t in scores
+        )
+        return chosen, ids, values
 
     def close(self) -> None:
         """Waits for what was launched and gives the stream back."""
         self._stream.close()
 
 
-def _to_host(scores: Scores) -> Scores:
-    chosen, ids, values = (t.to("cpu", non_blocking=True) for t in scores)
-    return chosen, ids, values
+def _raise(error: Exception) -> NoReturn:
+    raise error

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from lmesh_kernels.blocks import block_hash
 
-from lmesh_worker.messages import Params, Start
+from lmesh_worker.messages import Finish, Params, Start
 
 
 class State(Enum):
@@ -46,7 +46,6 @@ class Sequence:
         "started_at",
         "state",
         "stop_ids",
-        "suspected",
     )
 
     def __init__(self, start: Start, root: bytes, order: int) -> None:
@@ -68,7 +67,6 @@ class Sequence:
         self.computed = 0  # tokens whose K and V are written or will be by a launched step
         self.pending = 0  # sampled ids that are still on the device
         self.rollbacks = 0  # outputs launched before the last rollback are void
-        self.suspected = 0  # failed steps that this sequence was part of
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the cache at the first admission
         self.prompt_logprobs: tuple[list[float], list[int], list[float]] = ([], [], [])
@@ -96,10 +94,12 @@ class Sequence:
         # max_tokens 0 only scores the prompt; the id that its last position gives is not reported.
         return self.length - self.prompt_len >= max(1, self.params.max_tokens) or self.length >= max_model_len
 
-    def complete(self, max_model_len: int) -> bool:
-        """Whether the ids read back reach the last one that may be sampled."""
+    def end(self, max_model_len: int) -> Finish | None:
+        """How the ids read back end it, STOP or LENGTH; None while another may be sampled."""
         new = len(self.ids) - self.prompt_len
-        return new >= self.params.max_tokens or len(self.ids) >= max_model_len
+        if new and self.ids[-1] in self.stop_ids:
+            return Finish.STOP
+        return Finish.LENGTH if new >= self.params.max_tokens or len(self.ids) >= max_model_len else None
 
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt positions still need their logits."""
