@@ -15,6 +15,7 @@ from tests.contract.sources import PACKAGES, ROOT, product_files, table, tree
 PAGE = ROOT / "docs/errors.md"
 SERVICES = {
     "lmesh_gateway": "Gateway",
+    "lmesh_gateway.http": "Over HTTP only",
     "lmesh_scheduler": "Scheduler",
     "lmesh_worker": "Worker",
     "lmesh_chassis": "Every service",

@@ -2,141 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from lmesh_gateway.errors import (
-    ContextLengthExceededError,
-    ModelNotFoundError,
-    QueueFullError,
-    WorkerLostError,
-)
-from lmesh_gateway.generation import (
-    Accepted,
-    ChoiceEnd,
-    Delta,
-    Event,
-    Finish,
-    GenerationRequest,
-    ServedModel,
-    TextPrompt,
-    TokenLogprob,
-    TokenLogprobs,
-    Usage,
-)
-from lmesh_gateway.http.app import build_app
-from lmesh_gateway.http.unsupported import INERT, NOT_BUILT
-from lmesh_kernels.text.generation import GenerationDefaults
-from lmesh_kernels.text.tokenizer import TextTokenizer
+from lmesh_gateway.generation import TextPrompt
 
-from tests.tiny_model import byte_tokenizer
-
-LIMIT = 4 << 20
-WORDS = ("Hello", " wide", " world")
-
-
-def scores(text: str) -> TokenLogprobs:
-    token = TokenLogprob(id=len(text), logprob=-0.5, text=text, raw=text.encode())
-    other = TokenLogprob(id=0, logprob=-1.5, text="?", raw=b"?")
-    return TokenLogprobs(token=token, top=(token, other))
-
-
-class ScriptedCore:
-    """Says three words a choice; some model names ask for trouble."""
-
-    def __init__(self) -> None:
-        self.requests: list[GenerationRequest] = []
-        self.cancelled = threading.Event()
-        self.ready = True
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        self.requests.append(request)
-        try:
-            async for event in self._events(request):
-                yield event
-        except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled.set()
-            raise
-
-    async def _events(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        if request.model == "full":
-            raise QueueFullError("busy", retry_after_ms=1500)
-        if request.model == "long":
-            raise ContextLengthExceededError("the prompt has 9 tokens", field="text.prompt")
-        request_id = request.request_id or "drawn"
-        yield Accepted(request_id=request_id, model=request.model, prompt_ids=(1, 2, 3), seed=1, created=12.5)
-        if request.model == "endless":
-            while True:
-                yield Delta(choice=0, text="x", token_ids=(1,))
-                await asyncio.sleep(0.01)
-        for choice in range(request.sampling.n):
-            prompt = (scores("b"), scores("c")) if request.output.prompt_logprobs is not None and choice == 0 else None
-            for word in WORDS if request.stops.max_tokens != 0 else ():
-                found = None if request.output.logprobs is None else (scores(word),)
-                yield Delta(choice=choice, text=word, token_ids=(7,), logprobs=found, prompt_logprobs=prompt)
-                prompt = None
-            if prompt is not None:
-                yield Delta(choice=choice, text="", token_ids=(), prompt_logprobs=prompt)
-            if request.model == "lost":
-                raise WorkerLostError("the worker is gone")
-            yield ChoiceEnd(choice=choice, reason="stop" if choice == 0 else "length")
-        count = 3 * request.sampling.n
-        yield Finish(choices=(), usage=Usage(prompt_tokens=3, completion_tokens=count, cached_tokens=2))
-
-    def list(self) -> list[ServedModel]:
-        return [self.get("m")]
-
-    def get(self, model: str) -> ServedModel:
-        if model == "nobody":
-            raise ModelNotFoundError("no worker serves 'nobody'", field="model")
-        tokenizer = TextTokenizer(
-            byte_tokenizer(), special_tokens={"eos_token": "</s>"}, eos_ids=(), chat_template=None, add_bos=False
-        )
-        return ServedModel(
-            id=model,
-            digest="d",
-            max_model_len=512,
-            vocab_size=258,
-            created=3.0,
-            workers=1,
-            tokenizer=tokenizer,
-            defaults=GenerationDefaults(),
-        )
-
+from tests.scripted_core import WORDS, ScriptedCore, served
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, ScriptedCore]]:
-    core = ScriptedCore()
-    app = build_app(core, core, max_body_bytes=LIMIT, ready=lambda: core.ready)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}", core
-    server.should_exit = True
-    thread.join()
+def server() -> Iterator[tuple[str, ScriptedCore]]:
+    with served() as running:
+        yield running
 
 
 @pytest.fixture
-def core(served: tuple[str, ScriptedCore]) -> ScriptedCore:
-    served[1].requests.clear()
-    served[1].cancelled.clear()
-    return served[1]
+def core(server: tuple[str, ScriptedCore]) -> ScriptedCore:
+    server[1].requests.clear()
+    server[1].cancelled.clear()
+    return server[1]
 
 
 @pytest.fixture
-def url(served: tuple[str, ScriptedCore]) -> str:
-    return served[0]
+def url(server: tuple[str, ScriptedCore]) -> str:
+    return server[0]
 
 
 @pytest.fixture
@@ -155,8 +48,8 @@ def test_chat(client: openai.OpenAI, core: ScriptedCore) -> None:
     assert [c.finish_reason for c in answer.choices] == ["stop", "length"]
     assert answer.usage.completion_tokens == 6
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
-    assert answer.id == "chatcmpl-drawn"
     sent = core.requests[0]
+    assert answer.id == f"chatcmpl-{sent.request_id}"
     assert (sent.sampling.temperature, sent.sampling.top_p, sent.sampling.seed, sent.sampling.n) == (0.5, 0.9, 4, 2)
     assert sent.stops.stop == ("X",)
     assert sent.stops.max_tokens == 9
@@ -261,69 +154,6 @@ def test_error_after_the_stream_began(client: openai.OpenAI) -> None:
     seen = []
     with pytest.raises(openai.APIError, match="the worker is gone"):
         seen.extend(c.choices[0].delta.content for c in stream)
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "field"),
-    [
-        ("chat/completions", {"model": "m"}, "messages"),
-        ("chat/completions", {"model": "m", "messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ("chat/completions", {"model": "m", "messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
-        (
-            "chat/completions",
-            {"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content",
-        ),
-        ("completions", {"model": "m", "prompt": "a", "temperature": "hot"}, "temperature"),
-        ("completions", {"model": "m", "prompt": "a", "n": True}, "n"),
-        ("completions", {"model": "m", "prompt": "a", "stream": 1}, "stream"),
-        ("completions", {"model": "m", "prompt": []}, "prompt"),
-        ("completions", {"model": "m", "prompt": [-1]}, "prompt"),
-        ("completions", {"model": "m", "prompt": "a", "max_tokens": 0}, "max_tokens"),
-    ],
-)
-def test_malformed_bodies(url: str, path: str, body: dict[str, Any], field: str) -> None:
-    response = httpx.post(f"{url}/v1/{path}", json=body)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"].startswith(field)
-    assert error["code"] == "MALFORMED_BODY"
-    assert error["message"].startswith(field)
-
-
-@pytest.mark.parametrize("content", ["{", "[1", '{"model": "m", "prompt": "a", "top_p": NaN}', "[" * 100_000])
-def test_what_is_no_json(url: str, content: str) -> None:
-    response = httpx.post(f"{url}/v1/completions", content=content)
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "MALFORMED_BODY"
-
-
-@pytest.mark.parametrize("name", sorted(NOT_BUILT))
-def test_what_is_not_built_is_refused_by_name(url: str, name: str) -> None:
-    body = {"model": "m", "messages": MESSAGES}
-    used = httpx.post(f"{url}/v1/chat/completions", json={**body, name: {"something": 1}})
-    assert used.status_code == 400
-    assert used.json()["error"]["code"] == "UNSUPPORTED_PARAMETER"
-    assert used.json()["error"]["param"] == name
-    for neutral in (None, *NOT_BUILT[name]):
-        assert httpx.post(f"{url}/v1/chat/completions", json={**body, name: neutral}).status_code == 200, neutral
-
-
-def test_inert_and_unknown_parameters(url: str) -> None:
-    body: dict[str, Any] = {"model": "m", "messages": MESSAGES}
-    inert = dict.fromkeys(INERT, "x")
-    assert httpx.post(f"{url}/v1/chat/completions", json={**body, **inert, "store": False}).status_code == 200
-    wrong = httpx.post(f"{url}/v1/chat/completions", json={**body, "temprature": 1})
-    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "UNKNOWN_PARAMETER")
-
-
-def test_a_body_of_50_mb(url: str, core: ScriptedCore) -> None:
-    declared = httpx.post(f"{url}/v1/completions", content=b"x" * 50_000_000, timeout=30)
-    assert declared.status_code == 413
-    assert declared.json()["error"]["code"] == "REQUEST_TOO_LARGE"
-    chunked = httpx.post(f"{url}/v1/completions", content=iter([b"x" * 1_000_000] * 50), timeout=30)
-    assert chunked.status_code == 413
-    assert core.requests == []
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])

@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from lmesh_gateway.http_protocol import BoundedHttpProtocol
+
 Asgi = Any  # an ASGI application, in uvicorn's own loose sense
 
 
@@ -40,7 +42,7 @@ class HttpServer:
     def __init__(self, app: Asgi, sock: socket.socket, *, drain_timeout_s: float) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,  # the process's JSON logs

@@ -133,7 +133,7 @@ class CatalogDirectory:
 
 def _load_text(model: CatalogModel) -> _Text:
     """Runs in a thread. ValueError when the files here are not those of the workers."""
-    files = resolve(model.source)
+    files = resolve(model.source, text_only=True)
     found = text_digest(files)
     if found != model.text_digest:
         raise ValueError(

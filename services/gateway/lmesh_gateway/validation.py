@@ -33,7 +33,7 @@ def check_request(request: GenerationRequest) -> None:
     """Everything that can be checked before the model is known; raises InvalidArgumentError."""
     if not request.model:
         raise _wrong("model", "must name a model; ListModels gives the names")
-    if request.request_id is not None and not _REQUEST_ID.fullmatch(request.request_id):
+    if request.request_id is not None and not is_request_id(request.request_id):
         raise _wrong("request_id", "must be 1 to 128 of the characters A-Z a-z 0-9 . _ : ~ -")
     _check_prompt(request.prompt)
     _check_sampling(request.sampling)
@@ -42,6 +42,11 @@ def check_request(request: GenerationRequest) -> None:
     _check_times(request)
     if request.stops.max_tokens == 0 and request.output.prompt_logprobs is None:
         raise _wrong("stop.max_tokens", "must be at least 1, or 0 together with output.prompt_logprobs")
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may name its request so."""
+    return _REQUEST_ID.fullmatch(text) is not None
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

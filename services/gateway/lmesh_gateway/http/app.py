@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from lmesh_chassis import metrics
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lmesh_gateway.errors import InternalError, ServiceError
@@ -26,9 +28,9 @@ from lmesh_gateway.generation import (
 from lmesh_gateway.http import chat
 from lmesh_gateway.http.body import read_body
 from lmesh_gateway.http.completions import Completions, Echo
-from lmesh_gateway.http.errors import error_response
+from lmesh_gateway.http.errors import MethodNotAllowedError, RouteNotFoundError, error_response
 from lmesh_gateway.http.fanout import Tagged, merged
-from lmesh_gateway.http.headers import REQUEST_ID
+from lmesh_gateway.http.headers import told_request_id
 from lmesh_gateway.http.schemas import ChatBody, CompletionBody
 from lmesh_gateway.http.sse import EventStream, first_of, unless_disconnected
 from lmesh_gateway.http.translate import Envelope, chat_request, completion_requests
@@ -44,6 +46,7 @@ def build_app(
     """The application over one gateway's core; `ready()` says whether /health is 200."""
     app = FastAPI(title="lmesh", version=VERSION, description="OpenAI-compatible inference on an lmesh mesh.")
     app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_no_route)
     app.add_exception_handler(Exception, _on_fault)
     _add_operations(app, ready)
     _add_models(app, directory)
@@ -53,12 +56,25 @@ def build_app(
 
 async def _on_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return error_response(error)
+    return error_response(error, told_request_id(request))
+
+
+async def _on_no_route(request: Request, error: Exception) -> Response:
+    """What the router refuses, in the form of every other error."""
+    assert isinstance(error, HTTPException)
+    headers = {**told_request_id(request), **(error.headers or {})}
+    path = request.url.path[:256]
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = headers.get("Allow", "another method")
+        return error_response(MethodNotAllowedError(f"{path} takes {allowed}, not {request.method}"), headers)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return error_response(RouteNotFoundError(f"nothing is at {path}; /docs lists the routes"), headers)
+    return error_response(InternalError(str(error.detail)), headers)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     log.error("a request failed", exc_info=error)
-    return error_response(InternalError("the gateway failed; its log has the cause"))
+    return error_response(InternalError("the gateway failed; its log has the cause"), told_request_id(request))
 
 
 def _add_operations(app: FastAPI, ready: Callable[[], bool]) -> None:
@@ -145,7 +161,7 @@ class _Inference:
         wanted = chat_request(body, Envelope.of(request))
         events, accepted = await self._begin(request, [wanted])
         untagged = _untagged(events)
-        headers = {REQUEST_ID: accepted.request_id}
+        headers = told_request_id(request)
         if body.stream:
             return EventStream(chat.chunks(accepted, untagged, _wants_usage(body)), headers)
         return await self._answer(request, events, chat.whole(accepted, untagged), headers)
@@ -156,15 +172,14 @@ class _Inference:
         wanted = completion_requests(body, envelope)
         model = self._directory.get(body.model)
         events, accepted = await self._begin(request, wanted)
-        call_id = envelope.request_id or accepted.request_id
         completions = Completions(
-            call_id=call_id,
+            call_id=envelope.request_id,
             model=accepted.model,
             created=int(accepted.created),
             n=1 if body.n is None else body.n,
             echoes=[_echo(model, w) if body.echo else None for w in wanted],
         )
-        headers = {REQUEST_ID: call_id}
+        headers = told_request_id(request)
         if body.stream:
             return EventStream(_closing(completions.chunks(events, _wants_usage(body)), events), headers)
         return await self._answer(request, events, completions.whole(events), headers)
@@ -196,7 +211,7 @@ class _Inference:
 
 
 def _wants_usage(body: ChatBody | CompletionBody) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 async def _untagged(events: AsyncGenerator[Tagged, None]) -> AsyncGenerator[Event, None]:

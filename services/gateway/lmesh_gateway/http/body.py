@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from lmesh_gateway.http.errors import BodyTooLargeError, MalformedBodyError
+from lmesh_gateway.errors import RequestTooLargeError
+from lmesh_gateway.http.errors import MalformedBodyError
+from lmesh_gateway.http.schemas import SamplingBody
 from lmesh_gateway.http.unsupported import check_extras
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=SamplingBody)
 
 # A client that is still sending cannot read a refusal. What is over the limit is read on and thrown away, up to this
 # many times the limit; whoever sends more finds the connection closed.
@@ -21,7 +24,7 @@ _DISCARD_FACTOR = 16
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The request's body as `kind`.
 
-    Raises BodyTooLargeError, MalformedBodyError, UnsupportedParameterError or UnknownParameterError.
+    Raises RequestTooLargeError, MalformedBodyError, UnsupportedParameterError or UnknownParameterError.
     """
     body = parse(await _bytes(request, limit), kind)
     check_extras(body)
@@ -42,15 +45,18 @@ async def _bytes(request: Request, limit: int) -> bytes:
         else:
             data += chunk
     if too_large:
-        raise BodyTooLargeError(f"the body is larger than {limit} bytes, the most that this gateway takes")
+        raise RequestTooLargeError(f"the body is larger than {limit} bytes, the most that this gateway takes")
     return bytes(data)
 
 
 def parse(data: bytes, kind: type[Body]) -> Body:
     """Validates JSON bytes. Raises MalformedBodyError naming the first field at fault."""
     try:
-        content = json.loads(data, parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = data.decode()
+        content = json.loads(text, parse_constant=_refuse_constant)
+        if _SURROGATE.search(text):
+            _refuse_surrogates(content, ())
+    except ValueError as error:  # also of bytes that are not UTF-8, and of integers too long to read
         raise MalformedBodyError(f"the body is not JSON: {error}") from error
     except RecursionError as error:
         raise MalformedBodyError("the body is nested too deeply") from error
@@ -62,6 +68,31 @@ def parse(data: bytes, kind: type[Body]) -> Body:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise MalformedBodyError(f"{name} is not JSON; write a finite number")
+
+
+def _refuse_surrogates(node: object, path: tuple[str | int, ...]) -> None:
+    """Half of a pair is no character: no tokenizer takes it and no message carries it."""
+    if isinstance(node, str):
+        if not _is_text(node):
+            raise MalformedBodyError(
+                f"{_path(path) or 'body'}: holds half of a surrogate pair, which is no character",
+                field=_path(path) or None,
+            )
+    elif isinstance(node, list):
+        for index, item in enumerate(node):
+            _refuse_surrogates(item, (*path, index))
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_surrogates(key, path)
+            _refuse_surrogates(value, (*path, key))
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _malformed(error: ValidationError) -> MalformedBodyError:
@@ -87,4 +118,5 @@ def _path(location: tuple[Any, ...]) -> str:
     return path
 
 
-_BRANCHES = frozenset({"str", "int", "bool", "float", "TextPart"})
+_BRANCHES = frozenset({"str", "int", "bool", "float", "ContentPart"})
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

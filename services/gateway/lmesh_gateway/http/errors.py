@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 from grpc import StatusCode
 
-from lmesh_gateway.errors import InvalidArgumentError, ServiceError
+from lmesh_gateway.errors import InvalidArgumentError, RequestTooLargeError, ServiceError
 
 _STATUS = {
     StatusCode.INVALID_ARGUMENT: 400,
@@ -53,16 +54,34 @@ class UnknownParameterError(InvalidArgumentError):
     reason = "UNKNOWN_PARAMETER"
 
 
-class BodyTooLargeError(ServiceError):
-    """The body is larger than this gateway takes."""
+class RouteNotFoundError(ServiceError):
+    """There is nothing at this path."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "ROUTE_NOT_FOUND"
+
+
+class MethodNotAllowedError(ServiceError):
+    """The path takes other methods."""
+
+    code = StatusCode.UNIMPLEMENTED
+    reason = "METHOD_NOT_ALLOWED"
+
+
+class HeadersTooLargeError(ServiceError):
+    """The request's line and headers are larger than this gateway takes."""
 
     code = StatusCode.RESOURCE_EXHAUSTED
-    reason = "REQUEST_TOO_LARGE"
+    reason = "HEADERS_TOO_LARGE"
+
+
+# Where HTTP is finer than gRPC.
+_FINER = {RequestTooLargeError.reason: 413, MethodNotAllowedError.reason: 405, HeadersTooLargeError.reason: 431}
 
 
 def http_status(error: ServiceError) -> int:
     """The HTTP status of an error."""
-    return 413 if error.reason == BodyTooLargeError.reason else _STATUS.get(error.code, 500)
+    return _FINER.get(error.reason, _STATUS.get(error.code, 500))
 
 
 def error_body(error: ServiceError) -> dict[str, dict[str, str | None]]:
@@ -80,9 +99,9 @@ def openai_field(field: str) -> str:
     return f"{name}[{rest}" if rest else name
 
 
-def error_response(error: ServiceError) -> JSONResponse:
+def error_response(error: ServiceError, headers: Mapping[str, str]) -> JSONResponse:
     """The response that tells an error."""
-    headers = {}
+    headers = dict(headers)
     if error.retry_after_ms is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_ms / 1000))
     return JSONResponse(error_body(error), status_code=http_status(error), headers=headers)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import uuid
+
 from fastapi import Request
 
 from lmesh_gateway.errors import InvalidArgumentError
+from lmesh_gateway.validation import is_request_id
 
 REQUEST_ID = "x-request-id"
 TIMEOUT_MS = "x-lmesh-timeout-ms"
 TRACEPARENT = "traceparent"
+_LONGEST_TIMEOUT_DIGITS = 12  # 31 years; nothing longer is a timeout, and Python refuses to read very long numbers
 
 
-def request_id(request: Request) -> str | None:
-    """The client's own request id, if it sent one."""
-    return request.headers.get(REQUEST_ID) or None
+def request_id(request: Request) -> str:
+    """The call's id: the client's own, or one drawn now and the same from then on. Not checked here."""
+    if not hasattr(request.state, "request_id"):
+        request.state.request_id = request.headers.get(REQUEST_ID) or str(uuid.uuid4())
+    found: str = request.state.request_id
+    return found
+
+
+def told_request_id(request: Request) -> dict[str, str]:
+    """The response header that names the call, refused calls too; nothing for an id that is none."""
+    found = request_id(request)
+    return {REQUEST_ID: found} if is_request_id(found) else {}
 
 
 def traceparent(request: Request) -> str:
@@ -26,6 +39,8 @@ def deadline_s(request: Request) -> float | None:
     text = request.headers.get(TIMEOUT_MS)
     if text is None:
         return None
-    if not text.isdigit() or int(text) == 0:
+    # isdigit alone takes digits that int() does not, such as a superscript two.
+    readable = text.isascii() and text.isdigit() and len(text) <= _LONGEST_TIMEOUT_DIGITS
+    if not readable or int(text) == 0:
         raise InvalidArgumentError(f"{TIMEOUT_MS}: must be a positive number of milliseconds", field=TIMEOUT_MS)
     return int(text) / 1000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,10 +16,10 @@ class _Body(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
-    include_usage: bool = False
-    include_obfuscation: bool = False  # accepted: nothing here is obfuscated
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False  # accepted: nothing here is obfuscated
 
 
 class SamplingBody(_Body):
@@ -33,20 +33,20 @@ class SamplingBody(_Body):
     n: int | None = 1
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = False
     max_tokens: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    skip_special_tokens: bool = True
+    skip_special_tokens: bool | None = True
 
 
-class TextPart(BaseModel):
-    """A text part of a message's content."""
+class ContentPart(BaseModel):
+    """A part of a message's content; only text is read."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
-    type: Literal["text"]
-    text: str
+    type: str = Field(examples=["text"])
+    text: str | None = None
 
 
 class ChatMessage(BaseModel):
@@ -55,7 +55,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
 
 
@@ -66,7 +66,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = True
 
 
 class CompletionBody(SamplingBody):

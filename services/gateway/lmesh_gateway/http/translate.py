@@ -20,16 +20,18 @@ from lmesh_gateway.generation import (
 )
 from lmesh_gateway.http import headers
 from lmesh_gateway.http.errors import MalformedBodyError
-from lmesh_gateway.http.schemas import ChatBody, ChatMessage, CompletionBody, SamplingBody
+from lmesh_gateway.http.schemas import ChatBody, ChatMessage, CompletionBody, ContentPart, SamplingBody
+from lmesh_gateway.http.unsupported import check_message, check_part
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+MAX_PROMPTS = 2048  # OpenAI's limit; each prompt of a batch is a request of its own, with its own record
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
     """What a call's headers say."""
 
-    request_id: str | None
+    request_id: str
     deadline_s: float | None
     traceparent: str
 
@@ -38,9 +40,9 @@ class Envelope:
         """Reads the headers; raises InvalidArgumentError."""
         return cls(headers.request_id(request), headers.deadline_s(request), headers.traceparent(request))
 
-    def id_of(self, index: int, count: int) -> str | None:
+    def id_of(self, index: int, count: int) -> str:
         """The request id of one prompt of a batch."""
-        return self.request_id if self.request_id is None or count == 1 else f"{self.request_id}-{index}"
+        return self.request_id if count == 1 else f"{self.request_id}-{index}"
 
 
 def chat_request(body: ChatBody, envelope: Envelope) -> GenerationRequest:
@@ -51,13 +53,13 @@ def chat_request(body: ChatBody, envelope: Envelope) -> GenerationRequest:
     messages = tuple(_message(m, i) for i, m in enumerate(body.messages))
     return GenerationRequest(
         model=body.model,
-        prompt=ChatPrompt(messages=messages, add_generation_prompt=body.add_generation_prompt),
+        prompt=ChatPrompt(messages=messages, add_generation_prompt=body.add_generation_prompt is not False),
         request_id=envelope.request_id,
         sampling=_sampling(body),
         stops=_stops(body, limit),
         output=OutputOptions(
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            keep_special_tokens=not body.skip_special_tokens,
+            keep_special_tokens=body.skip_special_tokens is False,
         ),
         deadline_s=envelope.deadline_s,
         traceparent=envelope.traceparent,
@@ -74,7 +76,7 @@ def completion_requests(body: CompletionBody, envelope: Envelope) -> list[Genera
     output = OutputOptions(
         logprobs=body.logprobs,
         prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
-        keep_special_tokens=not body.skip_special_tokens,
+        keep_special_tokens=body.skip_special_tokens is False,
     )
     return [
         GenerationRequest(
@@ -107,21 +109,27 @@ def _stops(body: SamplingBody, max_tokens: int | None) -> StopRules:
         max_tokens=max_tokens,
         stop=tuple(stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
     )
 
 
 def _message(message: ChatMessage, index: int) -> Mapping[str, Any]:
-    unsupported = [name for name, value in (message.model_extra or {}).items() if value]
-    if unsupported:
-        field = f"messages[{index}].{unsupported[0]}"
-        raise MalformedBodyError(f"{field}: is not supported yet; leave it out", field=field)
+    place = f"messages[{index}]"
+    check_message(message, place)
     content = message.content
     if content is None:
-        raise MalformedBodyError(f"messages[{index}].content: must be a text", field=f"messages[{index}].content")
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
+        raise MalformedBodyError(f"{place}.content: must be a text", field=f"{place}.content")
+    if not isinstance(content, str):
+        content = "".join(_text(part, f"{place}.content[{i}]") for i, part in enumerate(content))
     named = {"name": message.name} if message.name else {}
-    return {"role": message.role, "content": text, **named}
+    return {"role": message.role, "content": content, **named}
+
+
+def _text(part: ContentPart, place: str) -> str:
+    check_part(part, place)
+    if part.text is None:
+        raise MalformedBodyError(f"{place}.text: must be given", field=f"{place}.text")
+    return part.text
 
 
 def _prompts(body: CompletionBody) -> list[Prompt]:
@@ -132,4 +140,6 @@ def _prompts(body: CompletionBody) -> list[Prompt]:
         raise MalformedBodyError("prompt: must not be empty", field="prompt")
     if isinstance(prompt[0], int):
         return [TokenPrompt(ids=tuple(prompt))]
+    if len(prompt) > MAX_PROMPTS:
+        raise MalformedBodyError(f"prompt: at most {MAX_PROMPTS} prompts a call, not {len(prompt)}", field="prompt")
     return [TextPrompt(text=p) if isinstance(p, str) else TokenPrompt(ids=tuple(p)) for p in prompt]
