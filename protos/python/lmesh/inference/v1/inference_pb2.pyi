@@ -26,6 +26,54 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _OnDisconnect:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDisconnect.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_DISCONNECT_UNSPECIFIED: _OnDisconnect.ValueType  # 0
+    """CANCEL."""
+    ON_DISCONNECT_CANCEL: _OnDisconnect.ValueType  # 1
+    """It is cancelled and its blocks are freed."""
+    ON_DISCONNECT_DETACH: _OnDisconnect.ValueType  # 2
+    """It runs on for detach_ttl; Resume takes it up."""
+
+class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
+    """What happens to a request when its client goes away."""
+
+ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
+"""CANCEL."""
+ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
+"""It is cancelled and its blocks are freed."""
+ON_DISCONNECT_DETACH: OnDisconnect.ValueType  # 2
+"""It runs on for detach_ttl; Resume takes it up."""
+Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
+
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """ASYNC."""
+    DURABILITY_ASYNC: _Durability.ValueType  # 1
+    """At once; the ledger follows within milliseconds."""
+    DURABILITY_SYNC: _Durability.ValueType  # 2
+    """When the ledger has them: no crash can take back what a client has seen."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """When ids may be shown to the client."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""ASYNC."""
+DURABILITY_ASYNC: Durability.ValueType  # 1
+"""At once; the ledger follows within milliseconds."""
+DURABILITY_SYNC: Durability.ValueType  # 2
+"""When the ledger has them: no crash can take back what a client has seen."""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -109,10 +157,20 @@ class GenerateRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    DETACH_TTL_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model id as ListModels gives it."""
     request_id: _builtins.str
     """Chosen by the client (UUID4) or, when empty, by the gateway."""
+    on_disconnect: Global___OnDisconnect.ValueType
+    """What happens when the client goes away. Default CANCEL."""
+    durability: Global___Durability.ValueType
+    """When ids may be shown. Default ASYNC."""
+    priority: _builtins.int
+    """Smaller is sooner, among all tenants; 0 is normal. Range [-100, 100]."""
     @_builtins.property
     def text(self) -> Global___TextInput:
         """Plain text; tokenized with the model's special tokens (one BOS where it has one)."""
@@ -141,6 +199,10 @@ class GenerateRequest(_message.Message):
     def queue_timeout(self) -> _duration_pb2.Duration:
         """Longest time to wait before a worker takes the request. The call's own deadline bounds the whole."""
 
+    @_builtins.property
+    def detach_ttl(self) -> _duration_pb2.Duration:
+        """How long a DETACHed request may run without a client. Default 60 s."""
+
     def __init__(
         self,
         *,
@@ -153,16 +215,48 @@ class GenerateRequest(_message.Message):
         output: Global___OutputOptions | None = ...,
         request_id: _builtins.str = ...,
         queue_timeout: _duration_pb2.Duration | None = ...,
+        on_disconnect: Global___OnDisconnect.ValueType = ...,
+        detach_ttl: _duration_pb2.Duration | None = ...,
+        durability: Global___Durability.ValueType = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "output", b"output", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "detach_ttl", b"detach_ttl", "input", b"input", "output", b"output", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "detach_ttl", b"detach_ttl", "durability", b"durability", "input", b"input", "model", b"model", "on_disconnect", b"on_disconnect", "output", b"output", "priority", b"priority", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    """Asks for the rest of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """From Accepted."""
+    @_builtins.property
+    def cursor(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids received of each choice so far, by choice; missing ones are 0."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        cursor: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
 
 @_typing.final
 class TextInput(_message.Message):
@@ -588,6 +682,9 @@ class Finish(_message.Message):
 
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
+    durable: _builtins.bool
+    """The ledger holds all of it, so Resume gives it again for an hour; false when Redis was away."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceFinish]:
         """One entry a choice, in order."""
@@ -601,10 +698,11 @@ class Finish(_message.Message):
         *,
         choices: _abc.Iterable[Global___ChoiceFinish] | None = ...,
         usage: Global___Usage | None = ...,
+        durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "durable", b"durable", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,11 @@ class InferenceServiceStub:
                 request_serializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/lmesh.inference.v1.InferenceService/Resume',
+                request_serializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/lmesh.inference.v1.InferenceService/Cancel',
                 request_serializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -65,6 +70,14 @@ class InferenceServiceServicer:
         """Generates one or more choices. The stream carries Accepted first, then any
         number of Delta, then exactly one Finish. A failure is the call's status;
         what was sent before it stays valid. Cancelling the call cancels the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a live or lately ended request at the client's cursor, on any gateway. The stream is as Generate's:
+        Accepted, Deltas from the cursor on, Finish. Whoever streamed it before gets ABORTED RESUMED_ELSEWHERE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +110,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
@@ -142,6 +160,33 @@ class InferenceService:
             target,
             '/lmesh.inference.v1.InferenceService/Generate',
             lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lmesh.inference.v1.InferenceService/Resume',
+            lmesh_dot_inference_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             lmesh_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

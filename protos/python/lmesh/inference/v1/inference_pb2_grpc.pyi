@@ -43,6 +43,10 @@ class InferenceServiceStub:
     number of Delta, then exactly one Finish. A failure is the call's status;
     what was sent before it stays valid. Cancelling the call cancels the request.
     """
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Goes on with a live or lately ended request at the client's cursor, on any gateway. The stream is as Generate's:
+    Accepted, Deltas from the cursor on, Finish. Whoever streamed it before gets ABORTED RESUMED_ELSEWHERE.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Cancels a live request from any client. FAILED_PRECONDITION once it has ended."""
     GetRequest: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetRequestRequest, _inference_pb2.GetRequestResponse]
@@ -59,6 +63,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates one or more choices. The stream carries Accepted first, then any
     number of Delta, then exactly one Finish. A failure is the call's status;
     what was sent before it stays valid. Cancelling the call cancels the request.
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Goes on with a live or lately ended request at the client's cursor, on any gateway. The stream is as Generate's:
+    Accepted, Deltas from the cursor on, Finish. Whoever streamed it before gets ABORTED RESUMED_ELSEWHERE.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a live request from any client. FAILED_PRECONDITION once it has ended."""
@@ -79,6 +87,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates one or more choices. The stream carries Accepted first, then any
         number of Delta, then exactly one Finish. A failure is the call's status;
         what was sent before it stays valid. Cancelling the call cancels the request.
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Goes on with a live or lately ended request at the client's cursor, on any gateway. The stream is as Generate's:
+        Accepted, Deltas from the cursor on, Finish. Whoever streamed it before gets ABORTED RESUMED_ELSEWHERE.
         """
 
     @_abc_1.abstractmethod

@@ -97,6 +97,9 @@ class DispatchRequest(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     WORKERS_LOST_FIELD_NUMBER: _builtins.int
+    LEGS_LOST_FIELD_NUMBER: _builtins.int
+    ANNOUNCES_FIELD_NUMBER: _builtins.int
+    TAKEOVERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___GatewayHello:
         """First message only."""
@@ -121,6 +124,18 @@ class DispatchRequest(_message.Message):
     def workers_lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLost]:
         """Workers whose Run link broke and did not come back in its grace period."""
 
+    @_builtins.property
+    def legs_lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LegLost]:
+        """Placements whose worker can no longer be heard, or has dropped them: to be placed again."""
+
+    @_builtins.property
+    def announces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Announce]:
+        """After a hello of a new incarnation: what is placed and runs. What is queued is submitted again."""
+
+    @_builtins.property
+    def takeovers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TakeOver]:
+        """Requests that another gateway held, or this one without a client: this gateway carries them on."""
+
     def __init__(
         self,
         *,
@@ -130,10 +145,13 @@ class DispatchRequest(_message.Message):
         started: _abc.Iterable[Global___Started] | None = ...,
         finished: _abc.Iterable[Global___Finished] | None = ...,
         workers_lost: _abc.Iterable[Global___WorkerLost] | None = ...,
+        legs_lost: _abc.Iterable[Global___LegLost] | None = ...,
+        announces: _abc.Iterable[Global___Announce] | None = ...,
+        takeovers: _abc.Iterable[Global___TakeOver] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "finished", b"finished", "hello", b"hello", "started", b"started", "submits", b"submits", "workers_lost", b"workers_lost"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announces", b"announces", "cancels", b"cancels", "finished", b"finished", "hello", b"hello", "legs_lost", b"legs_lost", "started", b"started", "submits", b"submits", "takeovers", b"takeovers", "workers_lost", b"workers_lost"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,6 +195,8 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    DELIVERED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; the caller's or drawn by the gateway."""
     model: _builtins.str
@@ -195,6 +215,10 @@ class Submit(_message.Message):
     """Smaller is sooner; 0 is normal."""
     traceparent: _builtins.str
     """W3C trace context."""
+    cache_salt: _builtins.str
+    """Derived from the tenant; part of the cache's root."""
+    delivered_tokens: _builtins.int
+    """New tokens that were delivered before; a continuation has some."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt ids."""
@@ -212,14 +236,108 @@ class Submit(_message.Message):
         tenant: _builtins.str = ...,
         priority: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        delivered_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "delivered_tokens", b"delivered_tokens", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class LegLost(_message.Message):
+    """A placement that a gateway lost, while the request goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its id."""
+    lease: _builtins.int
+    """The lease that is lost."""
+    reason: _builtins.str
+    """Error reason of what happened, for the timeline."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        lease: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LegLost: _TypeAlias = LegLost  # noqa: Y015
+
+@_typing.final
+class Announce(_message.Message):
+    """A live request as its gateway holds it, told to a scheduler that does not know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    LEG_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    started: _builtins.bool
+    """Its first output has come."""
+    @_builtins.property
+    def submit(self) -> Global___Submit:
+        """As it was submitted; times are what remains of them."""
+
+    @_builtins.property
+    def leg(self) -> Global___Leg:
+        """Its placement, granted by an earlier incarnation."""
+
+    def __init__(
+        self,
+        *,
+        submit: Global___Submit | None = ...,
+        leg: Global___Leg | None = ...,
+        started: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leg", b"leg", "submit", b"submit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg", b"leg", "started", b"started", "submit", b"submit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Announce: _TypeAlias = Announce  # noqa: Y015
+
+@_typing.final
+class TakeOver(_message.Message):
+    """A request changes hands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    OWNER_EPOCH_FIELD_NUMBER: _builtins.int
+    owner_epoch: _builtins.int
+    """From the ledger: of two gateways that take the same request, the larger one has it."""
+    @_builtins.property
+    def submit(self) -> Global___Submit:
+        """As the ledger holds it; times are what remains of them."""
+
+    def __init__(
+        self,
+        *,
+        submit: Global___Submit | None = ...,
+        owner_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["submit", b"submit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner_epoch", b"owner_epoch", "submit", b"submit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeOver: _TypeAlias = TakeOver  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
@@ -580,22 +698,26 @@ class Revoked(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEUED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     lease: _builtins.int
     """0 when it was still queued."""
     reason: _builtins.str
-    """Error reason: CANCELLED, WORKER_LOST, DRAINING."""
+    """Error reason: CANCELLED, WORKER_LOST, DRAINING, RESUMED_ELSEWHERE."""
+    requeued: _builtins.bool
+    """The request is queued again and goes on under a new lease: a Placed follows, or its end."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         lease: _builtins.int = ...,
         reason: _builtins.str = ...,
+        requeued: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "reason", b"reason", "request_id", b"request_id", "requeued", b"requeued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -640,7 +762,7 @@ class Refused(_message.Message):
     request_id: _builtins.str
     """Its id."""
     reason: _builtins.str
-    """Error reason: QUEUE_FULL, MODEL_NOT_FOUND, NO_WORKER, DUPLICATE_REQUEST_ID, DRAINING."""
+    """Error reason: QUEUE_FULL, MODEL_NOT_FOUND, NO_WORKER, DUPLICATE_REQUEST_ID, DRAINING, RATE_LIMITED, QUOTA_EXCEEDED."""
     message: _builtins.str
     """For the person."""
     retry_after_ms: _builtins.int

@@ -57,6 +57,7 @@ class FleetRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """The worker takes no new placements from here on and leaves when its requests have ended."""
     @_builtins.property
@@ -67,20 +68,89 @@ class FleetRequest(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """At least every heartbeat interval; renews the worker's lease and those of its placements."""
 
+    @_builtins.property
+    def kv(self) -> Global___KvDelta:
+        """Changes of what its prefix cache holds."""
+
     def __init__(
         self,
         *,
         hello: Global___WorkerHello | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         draining: _builtins.bool = ...,
+        kv: Global___KvDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv", b"kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetRequest: _TypeAlias = FleetRequest  # noqa: Y015
+
+@_typing.final
+class KvDelta(_message.Message):
+    """Prefix-cache granules that became findable or were evicted. The hash of a granule is that of its last block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Contiguous in one link, from 1; a gap makes the scheduler forget this worker's cache and ask for a snapshot."""
+    snapshot: _builtins.bool
+    """`added` is all that the worker holds; what was known before is forgotten. The first delta of a link is one."""
+    added: _builtins.bytes
+    """Hashes end to end, 16 bytes each."""
+    removed: _builtins.bytes
+    """Hashes end to end, 16 bytes each."""
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        added: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "removed", b"removed", "seq", b"seq", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvDelta: _TypeAlias = KvDelta  # noqa: Y015
+
+@_typing.final
+class HeldPlacement(_message.Message):
+    """A placement that a worker still runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its request."""
+    lease: _builtins.int
+    """Its lease."""
+    sequences: _builtins.int
+    """Sequences of it that run."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        lease: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "request_id", b"request_id", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldPlacement: _TypeAlias = HeldPlacement  # noqa: Y015
 
 @_typing.final
 class WorkerHello(_message.Message):
@@ -94,6 +164,7 @@ class WorkerHello(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable name."""
     epoch: _builtins.str
@@ -110,6 +181,10 @@ class WorkerHello(_message.Message):
     def capacity(self) -> Global___Capacity:
         """What it can hold."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldPlacement]:
+        """What it runs already, for a scheduler that has just begun; their gateways announce the requests themselves."""
+
     def __init__(
         self,
         *,
@@ -119,10 +194,11 @@ class WorkerHello(_message.Message):
         model: _model_pb2.ModelDescriptor | None = ...,
         capacity: Global___Capacity | None = ...,
         device: _builtins.str = ...,
+        held: _abc.Iterable[Global___HeldPlacement] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "model", b"model", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "held", b"held", "model", b"model", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -220,21 +296,31 @@ class FleetResponse(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    REVOKED_LEASES_FIELD_NUMBER: _builtins.int
+    KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     drain: _builtins.bool
     """Finish what runs, take nothing new, leave."""
+    kv_snapshot: _builtins.bool
+    """A gap was seen: the next KvDelta must be a snapshot."""
     @_builtins.property
     def hello(self) -> Global___FleetHello:
         """First message only."""
+
+    @_builtins.property
+    def revoked_leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Leases that no gateway holds any more: their sequences are to be dropped."""
 
     def __init__(
         self,
         *,
         hello: Global___FleetHello | None = ...,
         drain: _builtins.bool = ...,
+        revoked_leases: _abc.Iterable[_builtins.int] | None = ...,
+        kv_snapshot: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "revoked_leases", b"revoked_leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,12 +428,15 @@ class WorkerStatus(_message.Message):
     HEARTBEAT_AGE_MS_FIELD_NUMBER: _builtins.int
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    KV_GRANULES_FIELD_NUMBER: _builtins.int
     heartbeat_age_ms: _builtins.int
     """Age of the last heartbeat."""
     placements: _builtins.int
     """Placements that the scheduler holds on it."""
     draining: _builtins.bool
     """Takes no new placements."""
+    kv_granules: _builtins.int
+    """Granules of its prefix cache that the scheduler knows of."""
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
         """Its hello."""
@@ -364,10 +453,11 @@ class WorkerStatus(_message.Message):
         heartbeat_age_ms: _builtins.int = ...,
         placements: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        kv_granules: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "heartbeat_age_ms", b"heartbeat_age_ms", "hello", b"hello", "placements", b"placements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "heartbeat_age_ms", b"heartbeat_age_ms", "hello", b"hello", "kv_granules", b"kv_granules", "placements", b"placements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,9 @@ class ModelDescriptor(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
+    KV_FORMAT_FIELD_NUMBER: _builtins.int
+    KV_GRANULE_BLOCKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name that clients ask for."""
     source: _builtins.str
@@ -46,6 +49,12 @@ class ModelDescriptor(_message.Message):
     """Number of logits."""
     block_size: _builtins.int
     """Tokens a KV block; fixed per model."""
+    weights_version: _builtins.int
+    """The weights that serve now; part of the cache's root."""
+    kv_format: _builtins.str
+    """Names dtype, block size and layout of KV blocks; part of the cache's root."""
+    kv_granule_blocks: _builtins.int
+    """Blocks of one granule of the prefix index."""
     def __init__(
         self,
         *,
@@ -56,10 +65,13 @@ class ModelDescriptor(_message.Message):
         max_model_len: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         block_size: _builtins.int = ...,
+        weights_version: _builtins.int = ...,
+        kv_format: _builtins.str = ...,
+        kv_granule_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "digest", b"digest", "id", b"id", "max_model_len", b"max_model_len", "source", b"source", "text_digest", b"text_digest", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "digest", b"digest", "id", b"id", "kv_format", b"kv_format", "kv_granule_blocks", b"kv_granule_blocks", "max_model_len", b"max_model_len", "source", b"source", "text_digest", b"text_digest", "vocab_size", b"vocab_size", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
