@@ -39,7 +39,7 @@ class MeshSystem:
 
     def _cli(self, *args: str) -> None:
         command = [sys.executable, "-P", "-m", "lmesh_cli.app", *args]
-        subprocess.run(command, env=self._env, check=True, stdout=sys.stderr)
+        subprocess.run(command, env=self._env, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
 
     def run(self, jobs: list[Job]) -> list[float]:
         """Seconds to the first token of each job, as its client sees it."""

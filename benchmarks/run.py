@@ -1,7 +1,8 @@
-"""Measures W1-W3: `python benchmarks/run.py` runs every system in turn; one JSON line a case.
+"""Measures W1-W3: `python benchmarks/run.py`; one JSON line a case.
 
-Each system runs in a process of its own, one after the other, so that none shares threads or memory with
-another. Figures: output tokens a second over the wall time of a run, the median of `--runs` runs.
+Each system lives in a process of its own and only one works at a time. They take turns run by run, so that a machine
+whose speed drifts slows all of them alike. Figures: output tokens a second over the wall time of a run, the median of
+`--runs` runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,38 +57,83 @@ def build(name: str, model: str, threads: int) -> System:
     return MeshSystem(files, threads)
 
 
-def measure(system: System, workload: str, runs: int) -> dict[str, Any]:
-    """One case: median, least and most of `runs` runs, each with prompts of its own."""
-    walls, rates, firsts = [], [], []
-    for run in range(runs):
-        jobs = make(workload, run)
-        begin = time.perf_counter()
-        first = system.run(jobs)
-        wall = time.perf_counter() - begin
-        walls.append(wall)
-        rates.append(sum(j.new_tokens for j in jobs) / wall)
-        firsts.append(statistics.mean(first))
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of one system: output tokens a second, seconds in all, mean seconds to the first token."""
+
+    tok_s: float
+    wall_s: float
+    ttft_s: float
+
+
+def measure(system: System, workload: str, run: int) -> Run:
+    """One run, with prompts of its own."""
+    jobs = make(workload, run)
+    begin = time.perf_counter()
+    first = system.run(jobs)
+    wall = time.perf_counter() - begin
+    return Run(sum(j.new_tokens for j in jobs) / wall, wall, statistics.mean(first))
+
+
+def serve(name: str, args: argparse.Namespace) -> None:
+    """The child's side: starts the system, then measures what each line of stdin names (`W1 0`)."""
+    system = build(name, args.model, args.threads)
+    try:
+        system.run(warm_up())
+        print(json.dumps({"version": system.version}), flush=True)
+        for line in sys.stdin:
+            workload, run = line.split()
+            print(json.dumps(asdict(measure(system, workload, int(run)))), flush=True)
+    finally:
+        system.close()
+
+
+class Child:
+    """One system in its process, warm and idle until it is asked."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--only", name, "--model", args.model, "--threads", str(args.threads)]
+        self.name = name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.version = str(self._answer()["version"])
+
+    def measure(self, workload: str, run: int) -> Run:
+        """Asks for one run and waits for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{workload} {run}\n")
+        self._process.stdin.flush()
+        return Run(**self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"{self.name} ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        """Ends the process: its stdin ends."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def case(child: Child, workload: str, runs: list[Run], model: str) -> dict[str, Any]:
+    """The line of one system on one workload."""
+    rates = [run.tok_s for run in runs]
     return {
+        "system": child.name,
         "workload": workload,
         "tok_s": round(statistics.median(rates), 2),
         "tok_s_min": round(min(rates), 2),
         "tok_s_max": round(max(rates), 2),
-        "wall_s": round(statistics.median(walls), 3),
-        "ttft_s": round(statistics.median(firsts), 3),
-        "runs": runs,
+        "wall_s": round(statistics.median(run.wall_s for run in runs), 3),
+        "ttft_s": round(statistics.median(run.ttft_s for run in runs), 3),
+        "runs": len(runs),
+        "model": model,
+        "version": child.version,
     }
-
-
-def run_system(name: str, args: argparse.Namespace) -> None:
-    """Measures one system in this process and prints its lines."""
-    system = build(name, args.model, args.threads)
-    try:
-        system.run(warm_up())
-        for workload in args.workloads.split(","):
-            case = measure(system, workload, args.runs)
-            print(json.dumps({"system": name, **case, "model": args.model, "version": system.version}), flush=True)
-    finally:
-        system.close()
 
 
 def device_name() -> str:
@@ -100,19 +147,21 @@ def device_name() -> str:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Measures the systems one after the other, then prints a table and writes results/<device>.csv."""
+    """Measures the systems in turns, then prints a table and, when asked, writes results/<device>.csv."""
     rows: list[dict[str, Any]] = []
-    for name in args.systems.split(","):
-        command = [sys.executable, __file__, "--only", name, "--model", args.model, "--workloads", args.workloads]
-        command += ["--runs", str(args.runs), "--threads", str(args.threads)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith("{"):
-                    rows.append(json.loads(line))
-                    print(line, end="", flush=True)
-        if child.returncode:
-            raise SystemExit(f"{name} ended with {child.returncode}")
+    children = [Child(name, args) for name in args.systems.split(",")]
+    try:
+        for workload in args.workloads.split(","):
+            runs: dict[str, list[Run]] = {child.name: [] for child in children}
+            for run in range(args.runs):
+                for child in children:
+                    runs[child.name].append(child.measure(workload, run))
+            for child in children:
+                rows.append(case(child, workload, runs[child.name], args.model))
+                print(json.dumps(rows[-1]), flush=True)
+    finally:
+        for child in children:
+            child.close()
     table(rows)
     if args.record:
         record(rows)
@@ -150,7 +199,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        run_system(args.only, args)
+        serve(args.only, args)
     else:
         run_all(args)
 

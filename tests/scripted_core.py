@@ -1,4 +1,4 @@
-"""A gateway's core that says a script, behind the real HTTP server, and its address."""
+"""A gateway's core that says a script, behind the real HTTP or gRPC server, and its address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from lmesh_gateway.errors import ContextLengthExceededError, ModelNotFoundError, QueueFullError, WorkerLostError
+from lmesh.inference.v1 import inference_pb2_grpc
+from lmesh_chassis.server import GrpcServer
+from lmesh_gateway.errors import (
+    DOMAIN,
+    ContextLengthExceededError,
+    ModelNotFoundError,
+    QueueFullError,
+    RequestNotFoundError,
+    WorkerLostError,
+)
 from lmesh_gateway.generation import (
     Accepted,
     ChoiceEnd,
@@ -22,6 +31,8 @@ from lmesh_gateway.generation import (
 )
 from lmesh_gateway.http.app import build_app
 from lmesh_gateway.http_server import HttpServer, bind
+from lmesh_gateway.placement import RequestRecord
+from lmesh_gateway.servicer import SERVICE_NAME, InferenceServicer
 from lmesh_kernels.text.generation import GenerationDefaults
 from lmesh_kernels.text.tokenizer import TextTokenizer
 
@@ -59,8 +70,8 @@ class ScriptedCore:
             raise QueueFullError("busy", retry_after_ms=1500)
         if request.model == "long":
             raise ContextLengthExceededError("the prompt has 9 tokens", field="text.prompt")
-        assert request.request_id
-        yield Accepted(request_id=request.request_id, model=request.model, prompt_ids=(1, 2, 3), seed=1, created=12.5)
+        request_id = request.request_id or "drawn"
+        yield Accepted(request_id=request_id, model=request.model, prompt_ids=(1, 2, 3), seed=1, created=12.5)
         if request.model == "endless":
             while True:
                 yield Delta(choice=0, text="x", token_ids=(1,))
@@ -101,19 +112,53 @@ class ScriptedCore:
 
 
 @contextmanager
-def served() -> Iterator[tuple[str, ScriptedCore]]:
-    """A running server's URL and its core; the server runs in a thread with a loop of its own."""
-    core = ScriptedCore()
-    app = build_app(core, core, max_body_bytes=LIMIT, ready=lambda: core.ready)
-    server = HttpServer(app, bind("127.0.0.1:0", reuse_port=False), drain_timeout_s=1)
+def loop_thread() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop of its own in a thread, so that a test may call it as another process would."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
-        yield f"http://127.0.0.1:{server.port}", core
-        asyncio.run_coroutine_threadsafe(server.drain(), loop).result(10)
+        yield loop
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@contextmanager
+def served() -> Iterator[tuple[str, ScriptedCore]]:
+    """A running HTTP server's URL and its core."""
+    core = ScriptedCore()
+    app = build_app(core, core, max_body_bytes=LIMIT, ready=lambda: core.ready)
+    server = HttpServer(app, bind("127.0.0.1:0", reuse_port=False), drain_timeout_s=1)
+    with loop_thread() as loop:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        yield f"http://127.0.0.1:{server.port}", core
+        asyncio.run_coroutine_threadsafe(server.drain(), loop).result(10)
+
+
+class NoRecords:
+    """A mesh without a scheduler: nothing is found."""
+
+    async def cancel(self, request_id: str) -> None:
+        raise RequestNotFoundError(f"no request {request_id}")
+
+    async def describe(self, request_id: str) -> RequestRecord:
+        raise RequestNotFoundError(f"no request {request_id}")
+
+
+@contextmanager
+def served_grpc() -> Iterator[tuple[str, ScriptedCore]]:
+    """A running gRPC server's address and its core."""
+    core = ScriptedCore()
+    with loop_thread() as loop:
+
+        async def start() -> tuple[GrpcServer, int]:
+            server = GrpcServer("127.0.0.1:0", domain=DOMAIN)
+            servicer = InferenceServicer(core, core, NoRecords())
+            server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
+            return server, await server.start()
+
+        server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        yield f"127.0.0.1:{port}", core
+        asyncio.run_coroutine_threadsafe(server.drain(0), loop).result(10)

@@ -14,6 +14,7 @@ from lmesh_gateway.generation import TextPrompt
 
 from tests.scripted_core import WORDS, ScriptedCore, served
 
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, ScriptedCore]]:
     with served() as running:

@@ -40,8 +40,16 @@ def url(server: tuple[str, ScriptedCore]) -> str:
         ("chat/completions", {"model": "m"}, "messages"),
         ("chat/completions", {"model": "m", "messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ("chat/completions", {"model": "m", "messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
-        ("chat/completions", {"model": "m", "messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].c"),
-        ("chat/completions", {"model": "m", "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].c"),
+        (
+            "chat/completions",
+            {"model": "m", "messages": [{"role": "user", "content": [{"type": "x"}]}]},
+            "messages[0].c",
+        ),
+        (
+            "chat/completions",
+            {"model": "m", "messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].c",
+        ),
         ("completions", {"model": "m", "prompt": ["a"] * 2049}, "prompt"),
         ("completions", {"model": "m", "prompt": "a", "temperature": "hot"}, "temperature"),
         ("completions", {"model": "m", "prompt": "a", "n": True}, "n"),
@@ -188,7 +196,7 @@ def address(url: str) -> tuple[str, int]:
 @pytest.mark.parametrize("line", [b"x-a: " + b"y" * 1000 + b"\r\n", b"y" * 100_000])
 def test_headers_that_never_end(url: str, line: bytes) -> None:
     """Many headers, or one: the connection is cut once the limit is passed, and nobody else's."""
-    with socket.create_connection(address(url), timeout=10) as sock, pytest.raises(OSError, match="reset|pipe"):
+    with socket.create_connection(address(url), timeout=10) as sock, pytest.raises(ConnectionError):
         sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-b: ")
         for _ in range(64 * MAX_HEAD_BYTES // len(line)):
             sock.sendall(line)

@@ -33,7 +33,8 @@ _TYPES = {
     429: "rate_limit_error",
 }
 # The core names fields as the gRPC API does; OpenAI's have no groups.
-_FIELDS = {"text.prompt": "prompt", "tokens.ids": "prompt"}
+_FIELDS = {"text.prompt": "prompt", "tokens.ids": "prompt", "chat": "messages"}
+_GROUPS = frozenset({"chat", "output", "sampling", "stop"})
 
 
 class MalformedBodyError(InvalidArgumentError):
@@ -95,7 +96,8 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str | None]]:
 def openai_field(field: str) -> str:
     """The parameter that a field of the core came from."""
     head, _, rest = field.partition("[")
-    name = _FIELDS.get(head, head.rsplit(".", 1)[-1])
+    group, _, name = head.partition(".")
+    name = _FIELDS.get(head, name if name and group in _GROUPS else head)
     return f"{name}[{rest}" if rest else name
 
 
