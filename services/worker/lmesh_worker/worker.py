@@ -192,7 +192,7 @@ class Worker:
             end.cancel()
             pump.cancel()
             await asyncio.gather(end, pump, return_exceptions=True)
-        await self._engine.stop(_ENGINE_STOP_S)
+        await self._engine.stop(0.0 if self._verdict() == Verdict.STUCK else _ENGINE_STOP_S)
         return 0
 
     async def _pump(self, fleet: FleetLink) -> None:
