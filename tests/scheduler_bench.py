@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmesh_scheduler.config import SchedulerSettings
-from lmesh_scheduler.fleet import Heartbeat, Hello, ModelDescriptor, Worker
+from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
 from lmesh_scheduler.gateways import Event, Gateway
 from lmesh_scheduler.requests import Request, State, Submission, TimelineEvent
 from lmesh_scheduler.scheduler import Ending, Scheduler
@@ -11,7 +11,15 @@ from lmesh_scheduler.scheduler import Ending, Scheduler
 INCARNATION = 1_900_000_000
 
 
-def hello(worker_id: str = "w1", *, epoch: str = "e1", model: str = "m", max_seqs: int = 2, **changes: str) -> Hello:
+def hello(
+    worker_id: str = "w1",
+    *,
+    epoch: str = "e1",
+    model: str = "m",
+    max_seqs: int = 2,
+    held: tuple[Held, ...] = (),
+    **changes: str,
+) -> Hello:
     fields = {"source": "s", "digest": "d", "text_digest": "t", **changes}
     descriptor = ModelDescriptor(id=model, max_model_len=512, vocab_size=1000, block_size=16, **fields)
     return Hello(
@@ -23,13 +31,14 @@ def hello(worker_id: str = "w1", *, epoch: str = "e1", model: str = "m", max_seq
         max_step_tokens=512,
         kv_blocks=64,
         device="cpu",
+        held=held,
     )
 
 
 class Bench:
     """A scheduler, its clock, and what was journaled and told."""
 
-    def __init__(self, **changes: float) -> None:
+    def __init__(self, *, expected: dict[str, str] | None = None, **changes: float) -> None:
         self.now = 1000.0
         self.journaled: list[tuple[str, State]] = []
         self.settings = SchedulerSettings(**{"slots_factor": 1.0, **changes})  # type: ignore[arg-type]
@@ -39,6 +48,7 @@ class Bench:
             clock=lambda: self.now,
             wall=lambda: 1e9 + self.now,
             journal=lambda r: self.journaled.append((r.id, r.state)),
+            expected=expected,
         )
         self.beating: list[Worker] = []
 

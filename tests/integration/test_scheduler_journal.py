@@ -32,7 +32,7 @@ async def server() -> AsyncIterator[RedisServer]:
 @pytest.fixture
 async def redis(server: RedisServer) -> AsyncIterator[Redis]:
     settings = SchedulerSettings(redis_url=server.url, redis_timeout_s=1.0)
-    client, _ = await open_redis(settings)
+    client, _, _ = await open_redis(settings)
     await client.delete(INCARNATION_KEY)
     yield client
     await client.aclose()

@@ -260,7 +260,7 @@ class TestMemoryAndRedis:
 
     async def test_a_second_scheduler_fences_the_first(self, server: RedisServer) -> None:
         settings = SchedulerSettings(address="127.0.0.1:0", redis_url=server.url)
-        redis, incarnation = await open_redis(settings)
+        redis, incarnation, _ = await open_redis(settings)
         service = SchedulerService(settings, redis, incarnation)
         task = asyncio.create_task(service.run(Shutdown()))
         await until(service.server.serving)

@@ -60,9 +60,10 @@ class TestSubmit:
         bench.worker()
         bench.submit(first, "r")
         told(first)
-        for gateway in (first, second):
-            bench.submit(gateway, "r")
-            assert [e.reason for e in told(gateway) if isinstance(e, Refused)] == ["DUPLICATE_REQUEST_ID"]
+        bench.submit(second, "r")
+        assert [e.reason for e in told(second) if isinstance(e, Refused)] == ["DUPLICATE_REQUEST_ID"]
+        bench.submit(first, "r")  # its own, said again: it hears where it stands
+        assert told(first) == [Placed("r", "w1", "e1", "w1:1", bench.request("r").lease)]
         bench.finish("r")
         bench.submit(second, "r")
         assert [e.reason for e in told(second) if isinstance(e, Refused)] == ["DUPLICATE_REQUEST_ID"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lmesh_scheduler.errors import WorkerIdInUseError
+from lmesh_scheduler.errors import RESUMED_ELSEWHERE, WorkerIdInUseError
 from lmesh_scheduler.fleet import Heartbeat, Worker
 from lmesh_scheduler.gateways import Expired, Revoked
 from lmesh_scheduler.requests import LIVE, State
@@ -29,8 +29,13 @@ class MeshLife(RuleBasedStateMachine):
     def hear(self) -> None:
         for link in self.links.values():
             for event in told(link):
-                if isinstance(event, Expired | Revoked):
+                if isinstance(event, Expired) or (isinstance(event, Revoked) and self.is_end(event)):
                     self.ends.setdefault(event.request_id, []).append(type(event).__name__)
+
+    @staticmethod
+    def is_end(event: Revoked) -> bool:
+        """Not of one that waits for another worker, nor of one that another gateway carries on."""
+        return not event.requeued and event.reason != RESUMED_ELSEWHERE
 
     @rule(name=st.sampled_from(["w1", "w2"]), seqs=st.integers(1, 3))
     def worker_boots(self, name: str, seqs: int) -> None:
@@ -61,6 +66,24 @@ class MeshLife(RuleBasedStateMachine):
             self.core.started(request_id, found.lease)
         elif found is not None:
             self.bench.finish(request_id)
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data(), by=st.sampled_from(["g1", "g2"]), what=st.sampled_from(["lose the leg", "take over"]))
+    def request_moves(self, data: st.DataObject, by: str, what: str) -> None:
+        found = self.core.requests.find(f"r{data.draw(st.integers(1, self.submitted))}")
+        if found is None or not found.live:
+            return
+        if what == "lose the leg":
+            self.core.failover.leg_lost(found.id, found.lease, "WORKER_LOST")
+        else:
+            self.core.take_over(self.links[by], found.submission, found.owner_epoch + 1)
+
+    @rule(name=st.sampled_from(["w1", "w2"]))
+    def worker_sticks(self, name: str) -> None:
+        worker = self.workers.get(name)
+        if worker is not None and worker.linked and self.core.fleet.current(worker):
+            self.core.worker_beat(worker, Heartbeat(stuck=True), draining=False)
+            assert not worker.placements
 
     @rule(name=st.sampled_from(["g1", "g2"]), comes_back=st.booleans())
     def gateway_breaks(self, name: str, comes_back: bool) -> None:
@@ -101,7 +124,8 @@ class MeshLife(RuleBasedStateMachine):
     @invariant()
     def queues_hold_the_queued(self) -> None:
         queued = [request for request in self.core.requests.live() if request.state is State.QUEUED]
-        assert self.core.placements.queued == len(queued) <= 6
+        assert self.core.placements.queued == len(queued)
+        assert sum(not r.placements and not r.owner_epoch for r in queued) <= 6
         leases = [r.lease for r in self.core.requests.of_gateway("g1") + self.core.requests.of_gateway("g2") if r.lease]
         assert len(leases) == len(set(leases))
 

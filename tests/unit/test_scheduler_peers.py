@@ -26,12 +26,14 @@ class TestWorkers:
         bench.pass_time(4.0)
         assert bench.state("r") is State.PLACED
         bench.pass_time(2.0)
-        assert told(gateway) == [Revoked("r", lease, "WORKER_LOST")]
-        assert (bench.state("r"), bench.request("r").reason) == (State.FAILED, "WORKER_LOST")
+        assert told(gateway) == [Revoked("r", lease, "WORKER_LOST", requeued=True)]
+        assert bench.state("r") is State.QUEUED
         assert bench.core.fleet.workers() == []
         with pytest.raises(WorkerIdInUseError):  # its link must begin anew
             bench.core.worker_beat(worker, Heartbeat(), draining=False)
-        bench.finish("r", state=State.FAILED)
+        bench.pass_time(31)
+        assert told(gateway) == [Revoked("r", 0, "WORKER_LOST")]
+        assert (bench.state("r"), bench.request("r").reason) == (State.FAILED, "WORKER_LOST")
         assert [state for _, state in bench.journaled][-1] is State.FAILED
 
     def test_a_link_that_comes_back_keeps_its_placements(self, bench: Bench) -> None:
@@ -54,8 +56,12 @@ class TestWorkers:
         bench.core.worker_unlinked(worker)
         bench.beating.clear()
         fresh = bench.worker(epoch="e2")
-        assert told(gateway) == [Revoked("r", lease, "WORKER_LOST")]
-        assert fresh.placed == 0
+        again = bench.request("r").lease
+        assert told(gateway) == [
+            Revoked("r", lease, "WORKER_LOST", requeued=True),
+            Placed("r", "w1", "e2", "w1:1", again),
+        ]
+        assert fresh.placed == 1
         assert bench.core.fleet.find("w1", "e1") is None
 
     def test_an_id_in_use_is_refused_until_its_owner_falls_silent(self, bench: Bench) -> None:
@@ -87,7 +93,7 @@ class TestWorkers:
         bench.core.worker_unreachable("w1", "another epoch")
         assert bench.state("r") is State.PLACED
         bench.core.worker_unreachable("w1", "e1")
-        assert bench.state("r") is State.FAILED
+        assert bench.state("r") is State.QUEUED
 
     def test_a_drained_worker_leaves_with_its_last_request(self, bench: Bench) -> None:
         gateway, worker = bench.gateway(), bench.worker()
@@ -193,7 +199,7 @@ class TestGateways:
         assert "done" not in {event.request_id for event in heard}
         assert back.catalog_due
         bench.submit(back, "runs")  # said again, as it had not heard
-        assert [e.reason for e in told(back) if isinstance(e, Refused)] == ["DUPLICATE_REQUEST_ID"]
+        assert told(back) == [Placed("runs", "w1", "e1", "w1:1", runs.lease)]
 
     def test_refusals_that_were_not_told_are_told_on_the_next_link(self, bench: Bench) -> None:
         gateway = bench.gateway()

@@ -42,6 +42,15 @@ class AdmissionQueue:
         tenants = self._classes.setdefault(request.submission.priority, OrderedDict())
         tenants.setdefault(request.submission.tenant, OrderedDict())[request.id] = request
 
+    def add_first(self, request: Request) -> None:
+        """Queues a request before all others of its priority. It was admitted before, so the bound is not asked."""
+        self._waiting += 1
+        tenants = self._classes.setdefault(request.submission.priority, OrderedDict())
+        own = tenants.setdefault(request.submission.tenant, OrderedDict())
+        own[request.id] = request
+        own.move_to_end(request.id, last=False)
+        tenants.move_to_end(request.submission.tenant, last=False)
+
     def remove(self, request: Request) -> None:
         """Takes out a request that ended in the queue."""
         priority, tenant = request.submission.priority, request.submission.tenant

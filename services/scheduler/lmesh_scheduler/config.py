@@ -20,6 +20,7 @@ class SchedulerSettings(ChassisSettings):
     lease_ttl_s: float = 5.0  # a worker is lost when no heartbeat came for this long
     gateway_grace_s: float = 10.0  # how long a gateway whose link broke may come back to its queued requests
     gateway_lost_s: float = 60.0  # after this its placed ones are taken to have ended with it
+    max_placements: int = 5  # of one request; one whose worker is lost this often ends with WORKER_LOST
     model_grace_s: float = 30.0  # how long requests may queue for a model whose workers have all left
     ended_kept: int = 10_000  # ended requests that are answered from memory; older ones from Redis
     record_ttl_s: float = 3600.0  # how long Redis keeps an ended request
@@ -32,5 +33,7 @@ class SchedulerSettings(ChassisSettings):
             raise ValueError("lease_ttl_s must be longer than heartbeat_interval_s")
         if self.gateway_lost_s < self.gateway_grace_s:
             raise ValueError("gateway_lost_s must not be shorter than gateway_grace_s")
+        if self.max_placements < 1:
+            raise ValueError("max_placements must be at least 1")
         if self.slots_factor <= 0 or self.max_queue < 1 or self.journal_limit < 1 or self.ended_kept < 0:
             raise ValueError("slots_factor, max_queue and journal_limit must be positive")

@@ -13,6 +13,7 @@ from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
 from redis.exceptions import RedisError
 
 from lmesh_scheduler.errors import HelloRequiredError, JournalUnavailableError, RequestNotFoundError, SlowLinkError
+from lmesh_scheduler.failover import Leg
 from lmesh_scheduler.fleet import CatalogEntry
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.journal import Journal, parse_timeline
@@ -93,8 +94,10 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
                 await awake.wait()
 
     def _next(self, gateway: Gateway) -> pb.DispatchResponse | None:
-        events, catalog_due = gateway.take(BATCH), gateway.catalog_due
-        gateway.catalog_due = False
+        events = gateway.take(BATCH)
+        catalog_due = gateway.catalog_due and self._scheduler.fleet.settled
+        if catalog_due:
+            gateway.catalog_due = False
         if not events and not catalog_due:
             return None
         return _response(events, self._scheduler.fleet.catalog() if catalog_due else None)
@@ -102,6 +105,11 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
     def _obey(self, gateway: Gateway, message: pb.DispatchRequest) -> None:
         if len(gateway.events) > MAX_EVENTS:
             raise SlowLinkError(f"{len(gateway.events)} events wait to be read")
+        for announce in message.announces:
+            leg = Leg(worker_id=announce.leg.worker_id, epoch=announce.leg.epoch, lease=announce.leg.lease)
+            self._scheduler.announce(gateway, _submission(announce.submit), leg, started=announce.started)
+        for takeover in message.takeovers:
+            self._scheduler.take_over(gateway, _submission(takeover.submit), takeover.owner_epoch)
         for submit in message.submits:
             self._scheduler.submit(gateway, _submission(submit))
         for cancel in message.cancels:
@@ -110,6 +118,8 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
             self._scheduler.started(started.request_id, started.lease)
         for finished in message.finished:
             self._scheduler.finished(_ending(finished))
+        for leg_lost in message.legs_lost:
+            self._scheduler.failover.leg_lost(leg_lost.request_id, leg_lost.lease, leg_lost.reason)
         for lost in message.workers_lost:
             self._scheduler.worker_unreachable(lost.worker_id, lost.epoch)
 
@@ -141,6 +151,8 @@ def _submission(submit: pb.Submit) -> Submission:
         tenant=submit.tenant,
         priority=submit.priority,
         traceparent=submit.traceparent,
+        cache_salt=submit.cache_salt,
+        delivered_tokens=submit.delivered_tokens,
     )
 
 
@@ -182,7 +194,9 @@ def _add(response: pb.DispatchResponse, event: Event) -> None:
         )
         response.placed.add(request_id=event.request_id, legs=[leg])
     elif isinstance(event, Revoked):
-        response.revoked.add(request_id=event.request_id, lease=event.lease, reason=event.reason)
+        response.revoked.add(
+            request_id=event.request_id, lease=event.lease, reason=event.reason, requeued=event.requeued
+        )
     elif isinstance(event, Expired):
         response.expired.add(request_id=event.request_id, queued=event.queued)
     elif isinstance(event, Refused):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lmesh_scheduler.errors import ModelConflictError, WorkerIdInUseError
@@ -23,6 +24,15 @@ class ModelDescriptor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A placement that a worker runs, as it says itself when it joins."""
+
+    request_id: str
+    lease: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """A worker as it joins."""
 
@@ -34,6 +44,7 @@ class Hello:
     max_step_tokens: int
     kv_blocks: int
     device: str
+    held: tuple[Held, ...] = ()  # what it runs already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +74,13 @@ class Worker:
     linked: bool = True
     placements: dict[str, int] = field(default_factory=dict)  # request id -> sequences
     placed: int = 0  # sequences placed here and not ended
+    revoked: list[int] = field(default_factory=list)  # leases that it is to be told of
+    wake: Callable[[], None] = lambda: None  # its link has something to write
+
+    def revoke(self, lease: int) -> None:
+        """The sequences of a lease are to be dropped there."""
+        self.revoked.append(lease)
+        self.wake()
 
     def give(self, request_id: str, sequences: int) -> None:
         """A request is placed here."""
@@ -106,6 +124,19 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._created: dict[str, float] = {}
         self._left: dict[str, float] = {}  # models without a worker, and since when
+        self._expected: set[str] = set()  # workers that an earlier scheduler had, and until when they are waited for
+        self._expected_until = -math.inf
+
+    def expect(self, models: Mapping[str, str]) -> None:
+        """An earlier scheduler had these workers (id: model) a moment ago: they are about to join again."""
+        self._expected = set(models)
+        self._expected_until = self._clock() + self._lease_ttl_s
+        self._left.update(dict.fromkeys(models.values(), self._clock()))
+
+    @property
+    def settled(self) -> bool:
+        """Whether all have joined again that are expected, or had their time: only then the catalog means something."""
+        return not self._expected or self._clock() >= self._expected_until
 
     def workers(self) -> list[Worker]:
         """All, by id."""
@@ -141,6 +172,8 @@ class Fleet:
         worker = Worker(hello=hello, seen=self._clock())
         if before and replaced is None:  # the same boot on a new link: an object of its own, so that links differ
             worker.placements, worker.placed, worker.heartbeat = before.placements, before.placed, before.heartbeat
+            worker.revoked = before.revoked
+        self._expected.discard(hello.worker_id)
         self._workers[hello.worker_id] = worker
         self._created.setdefault(hello.model.id, self._wall())
         self._left.pop(hello.model.id, None)

@@ -12,10 +12,11 @@ from lmesh.scheduler.v1 import fleet_pb2_grpc, model_pb2
 
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import HelloRequiredError
-from lmesh_scheduler.fleet import Heartbeat, Hello, ModelDescriptor, Worker
+from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
 from lmesh_scheduler.scheduler import Scheduler
 
 SERVICE_NAME = "lmesh.scheduler.v1.FleetService"
+_MAX_LEASES = 4096  # of one message
 
 RpcContext = Any  # grpc's own type leaves its messages open
 
@@ -50,25 +51,30 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 field="hello",
             )
         worker = self._scheduler.worker_joined(_hello(first.hello))
+        awake = asyncio.Event()
+        worker.wake = awake.set
         try:
             await context.write(pb.FleetResponse(hello=self._greeting()))
-            await self._serve(worker, context)
+            await self._serve(worker, awake, context)
         finally:
             # A newer link of the same boot may have taken over meanwhile; then the worker is not gone.
             if self._scheduler.fleet.current(worker):
                 self._scheduler.worker_unlinked(worker)
 
-    async def _serve(self, worker: Worker, context: RpcContext) -> None:
+    async def _serve(self, worker: Worker, awake: asyncio.Event, context: RpcContext) -> None:
         reader = asyncio.create_task(self._read(worker, context))
+        writer = asyncio.create_task(_write(worker, awake, context))
         closing = asyncio.create_task(self._closing.wait())
+        tasks = (reader, writer, closing)
         try:
-            await asyncio.wait({reader, closing}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                reader.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in (reader, writer):
+                if task.done():
+                    task.result()
         finally:
-            reader.cancel()
-            closing.cancel()
-            await asyncio.gather(reader, closing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _greeting(self) -> pb.FleetHello:
         return pb.FleetHello(
@@ -113,6 +119,18 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         )
 
 
+async def _write(worker: Worker, awake: asyncio.Event, context: RpcContext) -> None:
+    """Tells a worker what gathers for it; the first look is for what an earlier link could not tell."""
+    while True:
+        awake.clear()
+        if worker.revoked:
+            leases = worker.revoked[:_MAX_LEASES]
+            await context.write(pb.FleetResponse(revoked_leases=leases))
+            del worker.revoked[: len(leases)]
+        else:
+            await awake.wait()
+
+
 def _full(hello: pb.WorkerHello) -> bool:
     named = hello.worker_id and hello.epoch and hello.address and hello.model.id
     return bool(named) and hello.capacity.max_seqs > 0
@@ -137,6 +155,7 @@ def _hello(hello: pb.WorkerHello) -> Hello:
         max_step_tokens=hello.capacity.max_step_tokens,
         kv_blocks=hello.capacity.kv_blocks,
         device=hello.device,
+        held=tuple(Held(request_id=h.request_id, lease=h.lease, sequences=h.sequences) for h in hello.held),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from typing import cast
+
 from redis.asyncio import Redis
 
 from lmesh_scheduler.fleet import Worker
@@ -22,7 +25,7 @@ def worker_key(worker_id: str) -> str:
 
 
 class FleetStore:
-    """Writes the registry for other readers; nothing here is read back by the scheduler."""
+    """Writes the registry for other readers, and for the next scheduler, which then knows whom to expect."""
 
     def __init__(self, redis: Redis, *, incarnation: int, ttl_s: float) -> None:
         self._redis, self._head = redis, (incarnation, round(ttl_s * 1e3))
@@ -36,6 +39,17 @@ class FleetStore:
             keys = [INCARNATION_KEY, worker_key(worker.hello.worker_id)]
             calls.append(Call(PUT_HASH, keys, [*self._head, *items]))
         await run(self._redis, calls)
+
+
+async def read_models(redis: Redis) -> dict[str, str]:
+    """The model of each worker that was there a moment ago, by id. Raises RedisError or OSError."""
+    members = await cast("Awaitable[set[bytes]]", redis.smembers(FLEET_KEY))
+    ids = sorted(member.decode() for member in members)
+    async with redis.pipeline(transaction=False) as pipe:
+        for worker_id in ids:
+            pipe.hget(worker_key(worker_id), "model")
+        models = await pipe.execute()
+    return {worker_id: model.decode() for worker_id, model in zip(ids, models, strict=True) if model}
 
 
 def _fields(worker: Worker) -> dict[str, str | int]:

@@ -32,6 +32,7 @@ class Revoked:
     request_id: str
     lease: int
     reason: str
+    requeued: bool = False  # it waits for another worker
 
 
 @dataclass(frozen=True, slots=True)

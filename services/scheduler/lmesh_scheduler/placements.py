@@ -54,6 +54,13 @@ class Placements:
         self._queues[model].add(request)
         return self.position(request)
 
+    def add_first(self, request: Request) -> None:
+        """Queues a request again that has lost its worker, before the others."""
+        model = request.submission.model
+        if model not in self._queues:
+            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
+        self._queues[model].add_first(request)
+
     def position(self, request: Request) -> int:
         """How many go before a queued request."""
         return self._queues[request.submission.model].position(request)
@@ -82,5 +89,6 @@ class Placements:
     def _lease(self, request: Request, worker: Worker) -> None:
         self.made += 1
         request.lease = self._first_lease + self.made
+        request.placements += 1
         request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
         worker.give(request.id, request.submission.n)

@@ -62,6 +62,8 @@ class Submission:
     tenant: str = ""
     priority: int = 0
     traceparent: str = ""
+    cache_salt: str = ""
+    delivered_tokens: int = 0  # new tokens of an earlier placement, here or under an earlier scheduler
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,6 +82,10 @@ class Request:
     worker_id: str = ""
     epoch: str = ""
     lease: int = 0
+    placements: int = 0  # leases that it was given so far
+    lost_lease: int = 0  # the last one that it lost, and why
+    lost_reason: str = ""
+    owner_epoch: int = 0  # of the ledger, when it has changed hands
     reason: str = ""
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -138,6 +144,24 @@ class RequestTable:
             raise TransitionError(f"{request.id} is known already")
         self._live[request.id] = request
         self._note(request, "queued", {})
+
+    def adopt(self, request: Request, *, started: bool) -> None:
+        """A request that an earlier scheduler placed, with its lease. Raises TransitionError when its id is known."""
+        if self.find(request.id) is not None:
+            raise TransitionError(f"{request.id} is known already")
+        request.state = State.RUNNING if started else State.PLACED
+        self._live[request.id] = request
+        self._note(request, "announced", {"worker_id": request.worker_id})
+
+    def hand_over(self, old: Request | None, new: Request, detail: dict[str, str]) -> None:
+        """`new` takes the place of `old`, live or ended, under the same id: QUEUED, with the same timeline."""
+        if old is not None:
+            self._ended.pop(old.id, None)
+            self._live.pop(old.id, None)
+            old.state = State.CANCELLED  # nobody's any more: it is not journaled, and deadlines pass it by
+            new.timeline = [*old.timeline, *new.timeline]
+        self._live[new.id] = new
+        self._note(new, "resumed", detail)
 
     def move(self, request: Request, to: State, detail: dict[str, str] | None = None) -> None:
         """Changes the state; TransitionError, counted, where the table does not have the change."""

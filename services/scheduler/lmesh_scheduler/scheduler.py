@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lmesh_chassis import tracing
@@ -15,6 +15,7 @@ from lmesh_scheduler.admission import QueueFullError
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.deadlines import Deadlines
 from lmesh_scheduler.errors import WorkerIdInUseError
+from lmesh_scheduler.failover import Failover, Leg
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.placements import Placements
@@ -38,7 +39,10 @@ class Ending(NamedTuple):
 
 
 class Scheduler:
-    """Admits, places, fences and accounts. Every method runs to its end before another begins."""
+    """Admits, places, fences and accounts. Every method runs to its end before another begins.
+
+    `expected` are the workers of an earlier scheduler, by id with their model.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Scheduler:
         clock: Callable[[], float],
         wall: Callable[[], float],
         journal: Callable[[Request], None],
+        expected: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._clock, self._wall = clock, wall
@@ -66,6 +71,18 @@ class Scheduler:
             grant=self._granted,
         )
         self._deadlines = Deadlines()
+        self.failover = Failover(
+            settings,
+            requests=self.requests,
+            fleet=self.fleet,
+            placements=self.placements,
+            deadlines=self._deadlines,
+            clock=clock,
+            tell=self._tell_owner,
+            end=self._end,
+        )
+        self.fleet.expect(expected or {})
+        self._settled = self.fleet.settled
         self.draining = False
         self.refused_by_reason: Counter[str] = Counter()
 
@@ -75,12 +92,17 @@ class Scheduler:
         """A Dispatch link opens. What a broken one may have swallowed is said again: a gateway ignores repeats."""
         gateway = self.gateways.join(gateway_id, wake)
         for request in self.requests.of_gateway(gateway_id):
-            standing = self._standing(request)
-            if standing is not None:
-                gateway.tell(standing)
+            self._tell_standing(gateway, request)
         for model in self.placements.models():
             self.placements.place(model)
         return gateway
+
+    def _tell_standing(self, gateway: Gateway, request: Request) -> None:
+        if request.live and request.lost_lease:
+            gateway.tell(Revoked(request.id, request.lost_lease, request.lost_reason, requeued=True))
+        standing = self._standing(request)
+        if standing is not None:
+            gateway.tell(standing)
 
     def _standing(self, request: Request) -> Event | None:
         """Where a request is, in the words that its gateway was told once; None where there were none."""
@@ -103,6 +125,10 @@ class Scheduler:
 
     def submit(self, gateway: Gateway, submission: Submission) -> None:
         """Admits a request or refuses it; places it at once if a worker has room."""
+        known = self.requests.find(submission.request_id)
+        if known is not None and known.live and known.gateway_id == gateway.id:
+            self._tell_standing(gateway, known)  # said again on a new link, or by a gateway that did not hear
+            return
         refusal = self._refusal(submission) or self._admit(gateway, submission)
         if refusal is not None:
             self.refused_by_reason[refusal.reason] += 1
@@ -153,6 +179,26 @@ class Scheduler:
             queue_deadline=now + queue_s if queue_s else math.inf,
             expires_at=wall + deadline_s if deadline_s else 0.0,
         )
+
+    def announce(self, gateway: Gateway, submission: Submission, leg: Leg, *, started: bool) -> None:
+        """A gateway tells a request that an earlier scheduler placed; what is known already is told back."""
+        known = self.requests.find(submission.request_id)
+        if known is None:
+            self.failover.adopt(self._request(gateway, submission), leg, started=started)
+        elif known.gateway_id == gateway.id:
+            self._tell_standing(gateway, known)
+        else:
+            gateway.tell(Revoked(submission.request_id, leg.lease, errors.RESUMED_ELSEWHERE))
+
+    def take_over(self, gateway: Gateway, submission: Submission, owner_epoch: int) -> None:
+        """A gateway carries on what another one held, or itself without a client."""
+        if self.draining:
+            text = "the scheduler is leaving; try again"
+            gateway.tell(Refused(submission.request_id, errors.DRAINING, text, RETRY_MS))
+            return
+        request = self._request(gateway, submission)
+        request.owner_epoch = owner_epoch
+        self.failover.take_over(gateway, request)
 
     def cancel(self, gateway: Gateway, request_id: str) -> bool:
         """Ends a live request for its client; its gateway hears of it unless it asked itself.
@@ -207,7 +253,8 @@ class Scheduler:
         log.info("worker joined", extra={"worker_id": hello.worker_id, "epoch": hello.epoch, "model": hello.model.id})
         if replaced is not None:
             log.warning("worker replaced", extra={"worker_id": hello.worker_id, "epoch": replaced.hello.epoch})
-            self._revoke_placements(replaced)
+            self.failover.replace_all(replaced, errors.WORKER_LOST)
+        self.failover.joined(worker)
         self._catalog_changed()
         self.placements.place(hello.model.id)
         return worker
@@ -223,6 +270,8 @@ class Scheduler:
                 field="worker_id",
             )
         self.fleet.beat(worker, heartbeat)
+        if heartbeat.stuck:
+            self.failover.replace_all(worker, errors.WORKER_STUCK, revoke=True)
         worker.draining = worker.draining or draining
         self.placements.place(worker.hello.model.id)
 
@@ -240,14 +289,9 @@ class Scheduler:
         level = logging.INFO if worker.draining and not worker.placements else logging.WARNING
         extra = {"worker_id": worker.hello.worker_id, "epoch": worker.hello.epoch, "placements": len(worker.placements)}
         log.log(level, "worker left" if level == logging.INFO else "worker lost", extra=extra)
-        self._revoke_placements(worker)
+        self.failover.replace_all(worker, errors.WORKER_LOST)
         self._catalog_changed()
-
-    def _revoke_placements(self, worker: Worker) -> None:
-        for request_id in list(worker.placements):
-            request = self.requests.find(request_id)
-            if request is not None and request.live:
-                self._revoke(request, errors.WORKER_LOST)
+        self.placements.place(worker.hello.model.id)
 
     def _revoke(self, request: Request, reason: str) -> None:
         self._end(request, State.FAILED, reason)
@@ -306,6 +350,10 @@ class Scheduler:
             self._drop_requests_of(gateway, frozenset({State.QUEUED}))
         for gateway in self.gateways.lost():
             self._drop_requests_of(gateway, LIVE)
+        self.failover.tick()
+        if self.fleet.settled and not self._settled:
+            self._settled = True
+            self._catalog_changed()
         for request in self._deadlines.due(self._clock()):
             self._expire(request)
         for model in self.placements.models():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
@@ -19,7 +20,7 @@ from redis.exceptions import RedisError
 from lmesh_scheduler import dispatch_servicer, fleet_servicer, metrics
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import DOMAIN
-from lmesh_scheduler.fleet_store import FleetStore
+from lmesh_scheduler.fleet_store import FleetStore, read_models
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.scripts import FencedError, next_incarnation
@@ -35,7 +36,9 @@ LINKS_END_S = 2.0
 class SchedulerService:
     """One boot of the scheduler. Redis must answer at its start, and may go away afterwards."""
 
-    def __init__(self, settings: SchedulerSettings, redis: Redis, incarnation: int) -> None:
+    def __init__(
+        self, settings: SchedulerSettings, redis: Redis, incarnation: int, expected: Mapping[str, str] | None = None
+    ) -> None:
         self._settings = settings
         self._journal = Journal(
             redis,
@@ -45,7 +48,12 @@ class SchedulerService:
             ended_ttl_s=settings.record_ttl_s,
         )
         self.scheduler = Scheduler(
-            settings, incarnation=incarnation, clock=time.monotonic, wall=time.time, journal=self._journal.note
+            settings,
+            incarnation=incarnation,
+            clock=time.monotonic,
+            wall=time.time,
+            journal=self._journal.note,
+            expected=expected,
         )
         self._store = FleetStore(redis, incarnation=incarnation, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
         self._dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
@@ -142,8 +150,11 @@ class SchedulerService:
         await self.server.drain(LINKS_END_S)
 
 
-async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int]:
-    """A connection that answers, and this boot's incarnation. Raises RedisError, OSError or (a bad URL) ValueError."""
+async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int, dict[str, str]]:
+    """A connection that answers, this boot's incarnation, and the workers (id: model) of the scheduler before it.
+
+    Raises RedisError, OSError or (a bad URL) ValueError.
+    """
     timeout = settings.redis_timeout_s
     redis = Redis.from_url(
         settings.redis_url,
@@ -152,7 +163,7 @@ async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int]:
         retry=Retry(NoBackoff(), 0),  # the journal has its own pace, and must notice at once
     )
     try:
-        return redis, await next_incarnation(redis)
+        return redis, await next_incarnation(redis), await read_models(redis)
     except BaseException:
         await redis.aclose()
         raise
