@@ -14,7 +14,7 @@ def revoke(*leases: int) -> fleet_pb2.FleetResponse:
 
 
 async def test_a_scheduler_that_comes_back_is_told_what_runs() -> None:
-    async with running_worker() as running:
+    async with running_worker(drain_timeout_s=0.2) as running:
         gateway = await running.attached()
         await gateway.start(
             start(1, "hold-a", lease=50, max_tokens=9),
@@ -30,7 +30,7 @@ async def test_a_scheduler_that_comes_back_is_told_what_runs() -> None:
 
 
 async def test_revoked_leases_end_their_sequences_and_no_others() -> None:
-    async with running_worker() as running:
+    async with running_worker(drain_timeout_s=0.2) as running:
         one, two = await running.attached("one"), await running.attached("two")
         await one.start(start(1, "hold-a", lease=50, max_tokens=9), start(2, "hold-b", lease=51, max_tokens=9))
         await two.start(start(1, "hold-c", lease=52, max_tokens=9))
@@ -77,6 +77,7 @@ async def test_starts_for_an_engine_that_does_not_read_are_bounded() -> None:
         await gateway.read_until_finished((2, 102))
         assert gateway.received[2, 102].finish == ABORTED
         backlog[0] = 0
+        writer.write = sent  # type: ignore[method-assign]
         for frame in kept:
             sent(frame)
         await gateway.read_until_finished((1, 101))

@@ -74,6 +74,8 @@ class Worker:
             engine_behind=lambda: engine.backlog_bytes > settings.max_engine_backlog_bytes,
         )
         self._kv = KvFeed()
+        self._engine_gone = False
+        self._verdict_before = Verdict.OK
         self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
         self._metrics = WorkerMetrics(
             model.model_id,
@@ -84,8 +86,6 @@ class Worker:
             registry=registry,
         )
         self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
-        self._engine_gone = False
-        self._verdict_before = Verdict.OK
         self.worker_id = settings.id
 
     async def run(self, shutdown: Shutdown) -> int:
