@@ -125,6 +125,11 @@ class WorkerEnd(Stream):
                 await self.send(fp.FleetRequest(heartbeat=fp.Heartbeat(running=1, progress=fp.PROGRESS_OK)))
                 await asyncio.sleep(interval_s)
 
+    @property
+    def revoked(self) -> list[int]:
+        """Leases that it was told to drop."""
+        return [lease for message in self.messages for lease in message.revoked_leases]
+
     def fall_silent(self) -> None:
         self.beats.cancel()
 
