@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
 from lmesh_scheduler.gateways import Event, Gateway
+from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.requests import Request, State, Submission, TimelineEvent
 from lmesh_scheduler.scheduler import Ending, Scheduler
 
@@ -18,10 +21,13 @@ def hello(
     model: str = "m",
     max_seqs: int = 2,
     held: tuple[Held, ...] = (),
+    cached: dict[str, Any] | None = None,
     **changes: str,
 ) -> Hello:
     fields = {"source": "s", "digest": "d", "text_digest": "t", **changes}
-    descriptor = ModelDescriptor(id=model, max_model_len=512, vocab_size=1000, block_size=16, **fields)
+    descriptor = ModelDescriptor(
+        id=model, max_model_len=512, vocab_size=1000, block_size=16, **fields, **(cached or {})
+    )
     return Hello(
         worker_id=worker_id,
         epoch=epoch,
@@ -38,7 +44,7 @@ def hello(
 class Bench:
     """A scheduler, its clock, and what was journaled and told."""
 
-    def __init__(self, *, expected: dict[str, str] | None = None, **changes: float) -> None:
+    def __init__(self, *, inherited: Inheritance | None = None, **changes: float) -> None:
         self.now = 1000.0
         self.journaled: list[tuple[str, State]] = []
         self.settings = SchedulerSettings(**{"slots_factor": 1.0, **changes})  # type: ignore[arg-type]
@@ -48,7 +54,7 @@ class Bench:
             clock=lambda: self.now,
             wall=lambda: 1e9 + self.now,
             journal=lambda r: self.journaled.append((r.id, r.state)),
-            expected=expected,
+            inherited=inherited,
         )
         self.beating: list[Worker] = []
 

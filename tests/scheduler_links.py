@@ -194,8 +194,8 @@ async def running_scheduler(redis_url: str, **changes: Any) -> AsyncIterator[tup
         **changes,
     }
     settings = SchedulerSettings(address="127.0.0.1:0", redis_url=redis_url, **fields)
-    redis, incarnation, expected = await open_redis(settings)
-    service, shutdown = SchedulerService(settings, redis, incarnation, expected), Shutdown()
+    redis, incarnation, inherited = await open_redis(settings)
+    service, shutdown = SchedulerService(settings, redis, incarnation, inherited), Shutdown()
     task = asyncio.create_task(service.run(shutdown))
     await until(lambda: service.server.serving() or task.done())
     links = SchedulerLinks(service.server.port)

@@ -10,7 +10,15 @@ from lmesh_scheduler.placement import RequestView, WorkerView, place
 
 
 def worker(worker_id: str, **changes: object) -> WorkerView:
-    view = {"model": "m", "placeable": True, "placed": 0, "max_placed": 8, "max_seqs": 4, "kv_used": 0.0, **changes}
+    view: dict[str, object] = {
+        "model": "m",
+        "placeable": True,
+        "placed": 0,
+        "max_placed": 8,
+        "max_seqs": 4,
+        "kv_used": 0.0,
+    }
+    view |= {"max_step_tokens": 512, **changes}
     return WorkerView(id=worker_id, **view)  # type: ignore[arg-type]
 
 
@@ -34,6 +42,24 @@ class TestPlace:
         assert place(request(), [worker("a", kv_used=0.5), worker("b", kv_used=0.1)]) == "b"
         assert place(request(), [worker("b"), worker("a")]) == "a"
 
+    def test_a_burst_over_a_prefix_stays_together_and_spills_when_the_worker_is_full(self) -> None:
+        placed = {"a": 0, "b": 0}
+        for _ in range(40):
+            views = [
+                worker(name, placed=count, max_seqs=32, max_placed=64, cached_tokens=512 if count or name == "a" else 0)
+                for name, count in placed.items()
+            ]
+            chosen = place(RequestView(model="m", sequences=1, prompt_tokens=544), views)
+            assert chosen is not None
+            placed[chosen] += 1
+        assert placed["a"] >= 32
+        assert placed["b"] > 0
+
+    def test_what_is_cached_outweighs_a_light_load_only(self) -> None:
+        long = RequestView(model="m", sequences=1, prompt_tokens=400)
+        assert place(long, [worker("a", placed=2, cached_tokens=384), worker("b")]) == "a"
+        assert place(long, [worker("a", placed=4, cached_tokens=384), worker("b")]) == "b"
+
     def test_choices_count_against_the_cap(self) -> None:
         assert place(request(sequences=3), [worker("a", placed=6)]) is None
         assert place(request(sequences=2), [worker("a", placed=6)]) == "a"
@@ -50,6 +76,8 @@ views = st.builds(
     placed=st.integers(0, 12),
     max_placed=st.integers(1, 10),
     max_seqs=st.integers(1, 8),
+    max_step_tokens=st.integers(1, 512),
+    cached_tokens=st.integers(0, 20),
     kv_used=st.floats(0, 1),
 )
 

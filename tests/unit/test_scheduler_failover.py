@@ -6,6 +6,7 @@ import pytest
 from lmesh_scheduler.failover import Leg
 from lmesh_scheduler.fleet import Heartbeat, Held
 from lmesh_scheduler.gateways import Gateway, Placed, Queued, Refused, Revoked
+from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.requests import State, Submission
 
 from tests.scheduler_bench import Bench, told
@@ -186,7 +187,7 @@ class TestRestart:
         assert bench.request("r").lease != OLD_LEASE
 
     def test_models_of_the_scheduler_before_are_waited_for(self) -> None:
-        bench = Bench(expected={"w1": "m", "w2": "other"})
+        bench = Bench(inherited=Inheritance(fleet={("w1", "e1"): "m", ("w2", "e1"): "other"}))
         gateway = bench.gateway()
         bench.submit(gateway, "r")
         assert told(gateway) == [Queued("r", 0)]

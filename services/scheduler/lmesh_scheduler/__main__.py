@@ -26,12 +26,12 @@ def main() -> None:
 async def _serve(settings: SchedulerSettings, shutdown: Shutdown) -> int:
     tracing.setup("scheduler", settings.otlp_endpoint)
     try:
-        redis, incarnation, expected = await open_redis(settings)
+        redis, incarnation, inherited = await open_redis(settings)
     except (RedisError, OSError, ValueError) as error:
         log.error("Redis does not answer", extra={"setting": "LMESH_SCHEDULER_REDIS_URL", "detail": str(error)})
         return 2
     try:
-        return await SchedulerService(settings, redis, incarnation, expected).run(shutdown)
+        return await SchedulerService(settings, redis, incarnation, inherited).run(shutdown)
     except OSError as error:
         settings_at_fault = "LMESH_SCHEDULER_ADDRESS or LMESH_SCHEDULER_METRICS_PORT"
         log.error("cannot listen", extra={"setting": settings_at_fault, "detail": str(error)})

@@ -21,6 +21,9 @@ class ModelDescriptor:
     max_model_len: int
     vocab_size: int
     block_size: int
+    weights_version: int = 0
+    kv_format: str = ""
+    kv_granule_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,8 @@ class Worker:
     placements: dict[str, int] = field(default_factory=dict)  # request id -> sequences
     placed: int = 0  # sequences placed here and not ended
     revoked: list[int] = field(default_factory=list)  # leases that it is to be told of
+    snapshot_due: bool = False  # it is to be asked for a snapshot of its cache
+    snapshot_asked: bool = False  # it was, and has not sent it yet
     wake: Callable[[], None] = lambda: None  # its link has something to write
 
     def revoke(self, lease: int) -> None:
@@ -101,6 +106,7 @@ class Worker:
             placed=self.placed,
             max_placed=max(1, int(slots_factor * hello.max_seqs)),
             max_seqs=max(1, hello.max_seqs),
+            max_step_tokens=max(1, hello.max_step_tokens),
             kv_used=self.heartbeat.kv_blocks_used / max(1, hello.kv_blocks),
         )
 

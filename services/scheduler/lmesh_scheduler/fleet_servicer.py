@@ -13,6 +13,7 @@ from lmesh.scheduler.v1 import fleet_pb2_grpc, model_pb2
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import HelloRequiredError
 from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
+from lmesh_scheduler.prefix_index import Delta, boot_of
 from lmesh_scheduler.scheduler import Scheduler
 
 SERVICE_NAME = "lmesh.scheduler.v1.FleetService"
@@ -96,6 +97,16 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 raise HelloRequiredError("a link has one hello, at its beginning", field="hello")
             beat = _heartbeat(message.heartbeat) if message.HasField("heartbeat") else worker.heartbeat
             self._scheduler.worker_beat(worker, beat, draining=message.draining)
+            if message.HasField("kv"):
+                self._take_delta(worker, message.kv)
+
+    def _take_delta(self, worker: Worker, kv: pb.KvDelta) -> None:
+        delta = Delta(kv.seq, kv.snapshot, kv.added, kv.removed)
+        if not self._scheduler.index.apply(boot_of(worker.hello), delta) and not worker.snapshot_asked:
+            worker.snapshot_due = worker.snapshot_asked = True
+            worker.wake()
+        elif kv.snapshot:
+            worker.snapshot_asked = False
 
     async def DescribeFleet(self, request: pb.DescribeFleetRequest, context: RpcContext) -> pb.DescribeFleetResponse:
         """The fleet as the scheduler sees it."""
@@ -116,6 +127,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             heartbeat_age_ms=round(max(0.0, self._clock() - worker.seen) * 1e3),
             placements=len(worker.placements),
             draining=worker.draining,
+            kv_granules=self._scheduler.index.size(boot_of(worker.hello)),
         )
 
 
@@ -123,9 +135,10 @@ async def _write(worker: Worker, awake: asyncio.Event, context: RpcContext) -> N
     """Tells a worker what gathers for it; the first look is for what an earlier link could not tell."""
     while True:
         awake.clear()
-        if worker.revoked:
+        if worker.revoked or worker.snapshot_due:
             leases = worker.revoked[:_MAX_LEASES]
-            await context.write(pb.FleetResponse(revoked_leases=leases))
+            snapshot, worker.snapshot_due = worker.snapshot_due, False
+            await context.write(pb.FleetResponse(revoked_leases=leases, kv_snapshot=snapshot))
             del worker.revoked[: len(leases)]
         else:
             await awake.wait()
@@ -150,6 +163,9 @@ def _hello(hello: pb.WorkerHello) -> Hello:
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             block_size=model.block_size,
+            weights_version=model.weights_version,
+            kv_format=model.kv_format,
+            kv_granule_blocks=model.kv_granule_blocks,
         ),
         max_seqs=hello.capacity.max_seqs,
         max_step_tokens=hello.capacity.max_step_tokens,

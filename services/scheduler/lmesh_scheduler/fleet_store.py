@@ -8,6 +8,7 @@ from typing import cast
 from redis.asyncio import Redis
 
 from lmesh_scheduler.fleet import Worker
+from lmesh_scheduler.prefix_index import Boot
 from lmesh_scheduler.scripts import FENCE, INCARNATION_KEY, PREFIX, Call, Script, run
 
 FLEET_KEY = f"{PREFIX}fleet"
@@ -41,15 +42,15 @@ class FleetStore:
         await run(self._redis, calls)
 
 
-async def read_models(redis: Redis) -> dict[str, str]:
-    """The model of each worker that was there a moment ago, by id. Raises RedisError or OSError."""
+async def read_fleet(redis: Redis) -> dict[Boot, str]:
+    """The model of each worker's boot that was there a moment ago. Raises RedisError or OSError."""
     members = await cast("Awaitable[set[bytes]]", redis.smembers(FLEET_KEY))
     ids = sorted(member.decode() for member in members)
     async with redis.pipeline(transaction=False) as pipe:
         for worker_id in ids:
-            pipe.hget(worker_key(worker_id), "model")
-        models = await pipe.execute()
-    return {worker_id: model.decode() for worker_id, model in zip(ids, models, strict=True) if model}
+            pipe.hmget(worker_key(worker_id), "epoch", "model")
+        found = await pipe.execute()
+    return {(i, epoch.decode()): model.decode() for i, (epoch, model) in zip(ids, found, strict=True) if epoch}
 
 
 def _fields(worker: Worker) -> dict[str, str | int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lmesh_scheduler.admission import AdmissionQueue
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Fleet, Worker
-from lmesh_scheduler.placement import RequestView, place
+from lmesh_scheduler.placement import RequestView, WorkerView, place
+from lmesh_scheduler.prefix_index import PrefixIndex, boot_of, granules_of
 from lmesh_scheduler.requests import Request
 
 
@@ -21,10 +23,11 @@ class Placements:
         *,
         incarnation: int,
         clock: Callable[[], float],
+        index: PrefixIndex,
         eligible: Callable[[Request], bool],
         grant: Callable[[Request, Worker], None],
     ) -> None:
-        self._settings, self._fleet, self._clock = settings, fleet, clock
+        self._settings, self._fleet, self._clock, self._index = settings, fleet, clock, index
         self._eligible, self._grant = eligible, grant
         self._queues: dict[str, AdmissionQueue] = {}
         # Incarnations are not behind the clock's seconds and grow with every boot, so even a count that runs over
@@ -82,13 +85,23 @@ class Placements:
 
     def _choose(self, request: Request) -> Worker | None:
         model = request.submission.model
+        workers = self._fleet.serving(model)
+        if len(workers) > 1 and request.granules is None:  # with one there is no choice, so nothing to hash
+            request.granules = granules_of(request.submission, workers[0].hello.model)
         view = RequestView(model=model, sequences=request.submission.n, prompt_tokens=request.prompt_tokens)
-        worker_id = place(view, (w.view(self._settings.slots_factor) for w in self._fleet.serving(model)))
+        worker_id = place(view, (self._view(w, request) for w in workers))
         return None if worker_id is None else self._fleet.find(worker_id)
+
+    def _view(self, worker: Worker, request: Request) -> WorkerView:
+        model = worker.hello.model
+        found = self._index.leading(boot_of(worker.hello), request.granules or ())
+        cached = found * model.kv_granule_blocks * model.block_size
+        return replace(worker.view(self._settings.slots_factor), cached_tokens=cached)
 
     def _lease(self, request: Request, worker: Worker) -> None:
         self.made += 1
         request.lease = self._first_lease + self.made
+        self._index.placed(boot_of(worker.hello), request.granules or ())
         request.placements += 1
         request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
         worker.give(request.id, request.submission.n)

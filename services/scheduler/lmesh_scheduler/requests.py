@@ -92,6 +92,7 @@ class Request:
     reported: bool = False  # its gateway has told how it ended
     timeline: list[TimelineEvent] = field(default_factory=list)
     span: Span | None = None  # while queued
+    granules: list[bytes] | None = None  # hashes of its prompt for the prefix index, once they were needed
 
     @property
     def id(self) -> str:
@@ -197,6 +198,7 @@ class RequestTable:
         request.submission = replace(
             request.submission, prompt_ids=()
         )  # thousands of ended prompts are a lot of memory
+        request.granules = None
         self.ended_by_state[request.state] += 1
         del self._live[request.id]
         self._ended[request.id] = request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lmesh_chassis import tracing
@@ -18,7 +18,9 @@ from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.failover import Failover, Leg
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
+from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.placements import Placements
+from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
 from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent, TransitionError
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Ending(NamedTuple):
 class Scheduler:
     """Admits, places, fences and accounts. Every method runs to its end before another begins.
 
-    `expected` are the workers of an earlier scheduler, by id with their model.
+    `inherited` is what the scheduler before it left in Redis.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Scheduler:
         clock: Callable[[], float],
         wall: Callable[[], float],
         journal: Callable[[Request], None],
-        expected: Mapping[str, str] | None = None,
+        inherited: Inheritance | None = None,
     ) -> None:
         self._settings = settings
         self._clock, self._wall = clock, wall
@@ -61,12 +63,14 @@ class Scheduler:
         self.fleet = Fleet(
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
+        self.index = PrefixIndex(clock)
         self.gateways = Gateways(grace_s=settings.gateway_grace_s, lost_s=settings.gateway_lost_s, clock=clock)
         self.placements = Placements(
             settings,
             self.fleet,
             incarnation=incarnation,
             clock=clock,
+            index=self.index,
             eligible=self._owner_listens,
             grant=self._granted,
         )
@@ -81,7 +85,10 @@ class Scheduler:
             tell=self._tell_owner,
             end=self._end,
         )
-        self.fleet.expect(expected or {})
+        inherited = inherited or Inheritance()
+        self.fleet.expect({worker_id: model for (worker_id, _), model in inherited.fleet.items()})
+        for boot, hashes in inherited.index.items():
+            self.index.restore(boot, hashes)
         self._settled = self.fleet.settled
         self.draining = False
         self.refused_by_reason: Counter[str] = Counter()
@@ -254,6 +261,8 @@ class Scheduler:
         if replaced is not None:
             log.warning("worker replaced", extra={"worker_id": hello.worker_id, "epoch": replaced.hello.epoch})
             self.failover.replace_all(replaced, errors.WORKER_LOST)
+            self.index.left(boot_of(replaced.hello))
+        self.index.joined(boot_of(hello))
         self.failover.joined(worker)
         self._catalog_changed()
         self.placements.place(hello.model.id)
@@ -286,6 +295,7 @@ class Scheduler:
 
     def _lose(self, worker: Worker) -> None:
         self.fleet.leave(worker)
+        self.index.left(boot_of(worker.hello))
         level = logging.INFO if worker.draining and not worker.placements else logging.WARNING
         extra = {"worker_id": worker.hello.worker_id, "epoch": worker.hello.epoch, "placements": len(worker.placements)}
         log.log(level, "worker left" if level == logging.INFO else "worker lost", extra=extra)
@@ -354,6 +364,9 @@ class Scheduler:
         if self.fleet.settled and not self._settled:
             self._settled = True
             self._catalog_changed()
+            for boot in self.index.boots():
+                if self.fleet.find(*boot) is None:
+                    self.index.left(boot)
         for request in self._deadlines.due(self._clock()):
             self._expire(request)
         for model in self.placements.models():

@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
     script: Script
     keys: Sequence[str]
-    arguments: Sequence[str | int]
+    arguments: Sequence[str | int | bytes]
 
 
 NEXT_INCARNATION = Script(_NEXT)

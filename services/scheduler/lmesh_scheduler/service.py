@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
@@ -20,7 +19,9 @@ from redis.exceptions import RedisError
 from lmesh_scheduler import dispatch_servicer, fleet_servicer, metrics
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import DOMAIN
-from lmesh_scheduler.fleet_store import FleetStore, read_models
+from lmesh_scheduler.fleet_store import FleetStore
+from lmesh_scheduler.index_store import IndexStore
+from lmesh_scheduler.inheritance import Inheritance, read_inheritance
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.scripts import FencedError, next_incarnation
@@ -37,7 +38,7 @@ class SchedulerService:
     """One boot of the scheduler. Redis must answer at its start, and may go away afterwards."""
 
     def __init__(
-        self, settings: SchedulerSettings, redis: Redis, incarnation: int, expected: Mapping[str, str] | None = None
+        self, settings: SchedulerSettings, redis: Redis, incarnation: int, inherited: Inheritance | None = None
     ) -> None:
         self._settings = settings
         self._journal = Journal(
@@ -53,9 +54,11 @@ class SchedulerService:
             clock=time.monotonic,
             wall=time.time,
             journal=self._journal.note,
-            expected=expected,
+            inherited=inherited,
         )
         self._store = FleetStore(redis, incarnation=incarnation, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
+        ttl_s = max(60.0, 4 * settings.lease_ttl_s)
+        self._index_store = IndexStore(redis, self.scheduler.index, incarnation=incarnation, ttl_s=ttl_s)
         self._dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
         self._fleet = fleet_servicer.FleetServicer(
             self.scheduler, settings, clock=time.monotonic, journal_ok=lambda: self._journal.ok
@@ -130,6 +133,7 @@ class SchedulerService:
             await asyncio.sleep(FLEET_WRITE_S)
             try:
                 await self._store.write(self.scheduler.fleet.workers())
+                await self._index_store.write()
             except (RedisError, OSError) as error:
                 self._journal.heard(False, str(error))
             else:
@@ -150,8 +154,8 @@ class SchedulerService:
         await self.server.drain(LINKS_END_S)
 
 
-async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int, dict[str, str]]:
-    """A connection that answers, this boot's incarnation, and the workers (id: model) of the scheduler before it.
+async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int, Inheritance]:
+    """A connection that answers, this boot's incarnation, and what the scheduler before it left.
 
     Raises RedisError, OSError or (a bad URL) ValueError.
     """
@@ -163,7 +167,7 @@ async def open_redis(settings: SchedulerSettings) -> tuple[Redis, int, dict[str,
         retry=Retry(NoBackoff(), 0),  # the journal has its own pace, and must notice at once
     )
     try:
-        return redis, await next_incarnation(redis), await read_models(redis)
+        return redis, await next_incarnation(redis), await read_inheritance(redis)
     except BaseException:
         await redis.aclose()
         raise

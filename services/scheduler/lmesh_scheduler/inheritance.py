@@ -1,0 +1,25 @@
+"""What a scheduler finds in Redis of the one before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis
+
+from lmesh_scheduler.fleet_store import read_fleet
+from lmesh_scheduler.index_store import read_index
+from lmesh_scheduler.prefix_index import Boot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inheritance:
+    """Workers that were there a moment ago with their model, and what was known of their caches."""
+
+    fleet: dict[Boot, str] = field(default_factory=dict)
+    index: dict[Boot, set[bytes]] = field(default_factory=dict)
+
+
+async def read_inheritance(redis: Redis) -> Inheritance:
+    """Reads it. Raises RedisError or OSError."""
+    fleet = await read_fleet(redis)
+    return Inheritance(fleet=fleet, index={boot: await read_index(redis, boot) for boot in fleet})
