@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmesh_chassis.settings import ChassisSettings
+from lmesh_chassis.settings import ChassisSettings, secret
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,9 @@ class GatewaySettings(ChassisSettings):
     run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
     scheduler_grace_s: float = 10.0  # how long requests that wait for a worker survive without a scheduler
     drain_linger_s: float = 0.5  # after SIGTERM, how long new requests are still answered, with DRAINING
+    tenants_file: str = ""  # who may call, with which API keys; empty: everybody, with none
+    # Keys the tenants' cache salts; the same in all gateways of a mesh. Empty: each model's digest.
+    cache_salt_key: str = secret()
     reuse_port: bool = False  # other processes listen on the same addresses; set for the copies of `processes`
 
     def __post_init__(self) -> None:

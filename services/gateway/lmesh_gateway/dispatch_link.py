@@ -111,20 +111,22 @@ class DispatchLink:
         self._session.worker_lost(worker_id, epoch)
         self._link.wake()
 
-    async def cancel(self, request_id: str) -> None:
-        """Cancels a live request of any gateway. Raises RequestNotFoundError or RequestEndedError."""
+    async def cancel(self, request_id: str, tenant: str) -> None:
+        """Cancels a live request of the tenant's, of any gateway. Raises RequestNotFoundError or RequestEndedError."""
         entry = self._session.live(request_id)
         if entry is not None:
+            if entry.plan.tenant != tenant:
+                raise _unknown(request_id)
             entry.listener.on_ended(CancelledError("the request was cancelled"), Outcome.CANCELLED)
             return
-        # The report may still be on its way to the scheduler: what ended here needs no question.
-        if self._session.ended_lately(request_id) or (await self.describe(request_id)).ended:
+        # Asked even about what ended here, for the record says whose it is. Its report may still be on its way.
+        if (await self.describe(request_id, tenant)).ended or self._session.ended_lately(request_id):
             raise RequestEndedError(f"request {request_id} has ended already", field="request_id")
         self._session.cancel(request_id)
         self._link.wake()
 
-    async def describe(self, request_id: str) -> RequestRecord:
-        """A request's record. Raises RequestNotFoundError or SchedulerUnavailableError."""
+    async def describe(self, request_id: str, tenant: str) -> RequestRecord:
+        """A record of the tenant's. Raises RequestNotFoundError, of another's too, or SchedulerUnavailableError."""
         request = dispatch_pb2.DescribeRequestRequest(request_id=request_id)
         try:
             record = await self._stub.DescribeRequest(
@@ -132,6 +134,8 @@ class DispatchLink:
             )
         except grpc.aio.AioRpcError as error:
             raise _call_error(from_rpc_error(error), request_id) from error
+        if record.tenant != tenant:
+            raise _unknown(request_id)
         return _record(record)
 
     def _hello(self) -> dispatch_pb2.DispatchRequest:
@@ -191,6 +195,7 @@ def _submit(plan: Plan) -> dispatch_pb2.Submit:
         deadline_ms=_remaining_ms(plan.deadline_at),
         queue_timeout_ms=_remaining_ms(plan.queue_deadline_at),
         tenant=plan.tenant,
+        cache_salt=plan.cache_salt,
         traceparent=plan.traceparent,
     )
 
@@ -254,14 +259,19 @@ def _record(record: dispatch_pb2.DescribeRequestResponse) -> RequestRecord:
         completion_tokens=record.completion_tokens,
         cached_tokens=record.cached_tokens,
         durable=record.durable,
+        tenant=record.tenant,
     )
+
+
+def _unknown(request_id: str) -> RequestNotFoundError:
+    return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
 
 
 def _call_error(
     error: RemoteError, request_id: str
 ) -> RequestNotFoundError | DeadlineExceededError | SchedulerUnavailableError:
     if error.code is grpc.StatusCode.NOT_FOUND:
-        return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
+        return _unknown(request_id)
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError("the scheduler did not answer in time")
     return SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)

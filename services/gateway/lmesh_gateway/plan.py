@@ -35,5 +35,6 @@ class Plan:
     deadline_at: float
     queue_deadline_at: float
     tenant: str
+    cache_salt: str = ""  # of the tenant; see lmesh_gateway/cache_salt.py
     traceparent: str
     created: float
