@@ -9,7 +9,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 16 * 2**20
 
 # Metadata of one call, both directions: a trace, ids, an API key. Error details travel in it too.
 DEFAULT_MAX_METADATA_BYTES = 16 * 2**10
-# A connection that has said nothing of HTTP/2 (or TLS) by then is closed; so is one without calls after the longer time.
+# A connection that has not greeted by then is closed; so is one without calls after the longer time.
 _HANDSHAKE_MS = 10_000
 _IDLE_MS = 15 * 60_000
 

@@ -7,7 +7,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -106,8 +106,13 @@ def _hide(value: Value, *, secret: bool) -> None:
 
 def load_or_exit(cls: type[T], *, service: str) -> T:
     """`load` from the process's environment; a bad variable ends the process with status 2 and one clear line."""
+    return exit_unless(lambda: load(cls, service=service), service=service)
+
+
+def exit_unless(work: Callable[[], T], *, service: str) -> T:
+    """What `work` returns; its SettingsError ends the process with status 2 and one clear line."""
     try:
-        return load(cls, service=service)
+        return work()
     except SettingsError as error:
         print(f"lmesh {service}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -13,6 +13,7 @@ from lmesh_chassis import tracing
 from lmesh_chassis.channel import connect
 from lmesh_chassis.errors import RemoteError, from_rpc_error
 from lmesh_chassis.links import Link
+from lmesh_chassis.tls import PLAIN, Tls
 
 from lmesh_gateway.dispatch_session import DispatchBatch, DispatchSession
 from lmesh_gateway.errors import (
@@ -45,13 +46,14 @@ class DispatchLink:
         *,
         grace_s: float,
         on_catalog: Callable[[list[CatalogModel]], None],
+        tls: Tls = PLAIN,
     ) -> None:
         self._gateway_id = gateway_id
         self._grace_s = grace_s
         self._on_catalog = on_catalog
         self._session = DispatchSession()
         self._grace: asyncio.TimerHandle | None = None
-        self._channel = connect(address, domain=DOMAIN, retries=False)
+        self._channel = connect(address, domain=DOMAIN, retries=False, tls=tls)
         self._stub = dispatch_pb2_grpc.DispatchServiceStub(self._channel)
         self._link: Link[dispatch_pb2.DispatchRequest, dispatch_pb2.DispatchResponse] = Link(
             self._stub.Dispatch,

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 
 from lmesh.inference.v1 import inference_pb2_grpc
-from lmesh_chassis import metrics
+from lmesh_chassis import metrics, tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from lmesh_kernels.text.sandbox import TemplateSandbox
@@ -40,6 +40,7 @@ class Gateway:
         self._settings = settings
         self._build_app = build_app
         self.gateway_id = uuid.uuid4().hex
+        self._tls = tls.from_settings(settings)
         self._authenticator = Authenticator.from_file(settings.tenants_file)
         self.directory = CatalogDirectory()
         self._dispatch = DispatchLink(
@@ -47,9 +48,13 @@ class Gateway:
             self.gateway_id,
             grace_s=settings.scheduler_grace_s,
             on_catalog=self.directory.feed,
+            tls=self._tls,
         )
         self._runs = RunLinks(
-            self.gateway_id, grace_s=settings.run_resume_grace_s, on_worker_lost=self._dispatch.worker_lost
+            self.gateway_id,
+            grace_s=settings.run_resume_grace_s,
+            on_worker_lost=self._dispatch.worker_lost,
+            tls=self._tls,
         )
         self._prompts = PromptBuilder(
             TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
@@ -75,6 +80,7 @@ class Gateway:
             interceptors=[interceptor(self._authenticator)],
             max_message_bytes=settings.max_body_bytes,
             max_send_bytes=-1,  # a prompt's log-probabilities are as large as the client asked for
+            tls=self._tls,
         )
         self._http: HttpServer | None = None
         self._page: metrics.MetricsServer | None = None
@@ -100,7 +106,13 @@ class Gateway:
         settings = self._settings
         sock = bind(settings.http_address, reuse_port=settings.reuse_port)
         app = self._build_app(self.generator, self.directory, lambda: self.ready)
-        self._http = HttpServer(KeyedApp(app, self._authenticator), sock, drain_timeout_s=settings.drain_timeout_s)
+        self._http = HttpServer(
+            KeyedApp(app, self._authenticator),
+            sock,
+            drain_timeout_s=settings.drain_timeout_s,
+            head_timeout_s=settings.http_head_timeout_s,
+            tls=self._tls.http,
+        )
         servicer = InferenceServicer(self.generator, self.directory, self._dispatch)
         self._grpc.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
         await self._grpc.start()
