@@ -98,16 +98,19 @@ async def is_serving(address: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def served_models(address: str) -> frozenset[str]:
-    """Ids of the models that the gateway at host:port serves; none when it does not answer."""
+async def served_models(address: str) -> frozenset[str] | None:
+    """Ids of the models that the gateway at host:port serves; none when it does not answer, None when it wants a key.
+
+    A key that is set and refused counts as no answer.
+    """
     try:
         async with access.aio_channel(address) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            answer = await stub.ListModels(
-                inference_pb2.ListModelsRequest(), timeout=_PROBE_TIMEOUT_S, metadata=access.api_key()
-            )
-    except grpc.RpcError:
-        return frozenset()
+            request = inference_pb2.ListModelsRequest()
+            answer = await stub.ListModels(request, timeout=_PROBE_TIMEOUT_S, metadata=access.api_key())
+    except grpc.RpcError as error:
+        # Without a key the question cannot be asked.
+        return None if error.code() is grpc.StatusCode.UNAUTHENTICATED and not access.api_key() else frozenset()
     return frozenset(model.id for model in answer.models)
 
 

@@ -27,9 +27,9 @@ def main() -> None:
     """The process's entry; exits 0 after a drain, 1 when it cannot listen, 2 on a bad setting or file of one."""
     settings = load_or_exit(GatewaySettings, service="gateway")
     logs.setup("gateway", settings.log_level)
-    exit_unless(
-        lambda: (tls.from_settings(settings), Authenticator.from_file(settings.tenants_file)), service="gateway"
-    )
+    # Read again by each serving process; here so that a fault stops the boot with one line.
+    exit_unless(lambda: tls.from_settings(settings), service="gateway")
+    exit_unless(lambda: Authenticator.from_file(settings.tenants_file), service="gateway")
     serve = _serve if settings.processes == 1 else _supervise
     sys.exit(lifecycle.run(lambda shutdown: serve(settings, shutdown)))
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on what comes before a body, which it does not have itself: its size, its time."""
+"""uvicorn's HTTP protocol with bounds on what comes before a body: its size and its time."""
 
 from __future__ import annotations
 

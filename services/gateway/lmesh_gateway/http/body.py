@@ -27,7 +27,8 @@ _READ_TIMEOUT_S = 120.0
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The request's body as `kind`.
 
-    Raises RequestTooLargeError, BodyTooLateError, MalformedBodyError, UnsupportedParameterError or UnknownParameterError.
+    Raises RequestTooLargeError, BodyTooLateError, MalformedBodyError, UnsupportedParameterError or
+    UnknownParameterError.
     """
     try:
         async with asyncio.timeout(_READ_TIMEOUT_S):
