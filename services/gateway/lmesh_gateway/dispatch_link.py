@@ -197,8 +197,8 @@ def _submit(plan: Plan) -> dispatch_pb2.Submit:
         deadline_ms=_remaining_ms(plan.deadline_at),
         queue_timeout_ms=_remaining_ms(plan.queue_deadline_at),
         tenant=plan.tenant,
-        cache_salt=plan.cache_salt,
         traceparent=plan.traceparent,
+        cache_salt=plan.cache_salt,
     )
 
 

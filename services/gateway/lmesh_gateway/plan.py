@@ -35,6 +35,6 @@ class Plan:
     deadline_at: float
     queue_deadline_at: float
     tenant: str
-    cache_salt: str = ""  # of the tenant; see lmesh_gateway/cache_salt.py
     traceparent: str
     created: float
+    cache_salt: str = ""  # derived from the tenant: tenants must not learn each other's prompts from the cache's speed
