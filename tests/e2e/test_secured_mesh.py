@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tests.certificates import Authority
@@ -25,7 +26,7 @@ def secured(folder: Path) -> tuple[dict[str, str], str]:
 
 def test_keys_and_mutual_tls(tmp_path: Path) -> None:
     tls, foreign_ca = secured(tmp_path)
-    drawn = run_cli({}, "key")
+    drawn = run_cli(dict(os.environ), "key")
     key, line = drawn.stdout.split("\n")[:2]
     assert key.startswith("lmk_") and key not in line
     (tmp_path / "tenants.toml").write_text(f"[tenants.acme]\n{line}\n")

@@ -21,6 +21,7 @@ from lmesh.worker.v1 import run_pb2 as rp
 from lmesh_chassis.api_keys import digest_of, draw_key
 from lmesh_chassis.errors import from_rpc_error
 from lmesh_chassis.settings import SettingsError
+from lmesh_cli import access, mesh_link, probes
 from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.gateway import Gateway
 
@@ -175,6 +176,21 @@ class TestHttp:
                 await client.models.list()
         async with openai.AsyncOpenAI(base_url=url(scene, "/v1"), api_key=A, max_retries=0) as client:
             assert [model.id async for model in client.models.list()] == [MODEL]
+
+
+async def test_the_command_line_brings_its_key(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{scene.gateway.ports[0]}"
+    monkeypatch.delenv(access.API_KEY, raising=False)
+    assert await mesh_link.served_models(address) is None
+    assert await probes.models(address, frozenset({"any"}))()  # nobody can ask: health has to do
+    with pytest.raises(mesh_link.MeshError, match="UNAUTHENTICATED"):
+        await asyncio.to_thread(mesh_link.list_models, address)
+    monkeypatch.setenv(access.API_KEY, "wrong")
+    assert await mesh_link.served_models(address) == frozenset()
+    monkeypatch.setenv(access.API_KEY, A)
+    assert await mesh_link.served_models(address) == {MODEL}
+    assert not await probes.models(address, frozenset({"any"}))()
+    assert await asyncio.to_thread(mesh_link.list_models, address) == [MODEL]
 
 
 async def test_a_key_in_no_log_line(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:

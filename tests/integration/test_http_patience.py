@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from lmesh_gateway.http import body
 from lmesh_gateway.http_server import HttpServer, bind
+
+from tests.scripted_core import served
 
 HEAD_TIMEOUT_S = 0.4
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n"
@@ -105,3 +108,18 @@ async def test_a_body_that_nobody_waits_for_holds_nothing(port: int) -> None:
         dropping.cancel()
         writer.close()
     assert time.monotonic() - began < 20
+
+
+async def test_a_body_ends_in_time_or_its_request_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_READ_TIMEOUT_S", HEAD_TIMEOUT_S)
+    with served() as (url, core):
+        reader, writer = await opened(int(url.rsplit(":", 1)[1]))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        dropping = asyncio.create_task(trickle(writer, b"y"))
+        try:
+            told = await rest(reader)
+        finally:
+            dropping.cancel()
+            writer.close()
+        assert told.startswith(b"HTTP/1.1 408") and b"BODY_TOO_LATE" in told
+        assert not core.requests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,3 +98,16 @@ def test_a_setting_at_fault_is_told_without_secrets() -> None:
 def test_short_values_stay(page: io.StringIO) -> None:
     redaction.hide("a")
     assert redact("a cat") == "a cat"
+
+
+def test_what_nobody_caught_is_logged_like_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, stream = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setattr(root, "level", root.level)
+    logs.setup("test", stream=stream)
+    error = RuntimeError("lost redis://u:hunter22@h/0")
+    sys.excepthook(RuntimeError, error, None)
+    found = json.loads(stream.getvalue())
+    assert (found["message"], found["level"]) == ("the process failed", "critical")
+    assert "RuntimeError: lost redis://[redacted]@h/0" in found["exception"]
