@@ -140,10 +140,10 @@ def served() -> Iterator[tuple[str, ScriptedCore]]:
 class NoRecords:
     """A mesh without a scheduler: nothing is found."""
 
-    async def cancel(self, request_id: str) -> None:
+    async def cancel(self, request_id: str, tenant: str) -> None:
         raise RequestNotFoundError(f"no request {request_id}")
 
-    async def describe(self, request_id: str) -> RequestRecord:
+    async def describe(self, request_id: str, tenant: str) -> RequestRecord:
         raise RequestNotFoundError(f"no request {request_id}")
 
 

@@ -327,6 +327,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             request_id=request.request_id,
             state=state or record.state,
             model=record.submit.model,
+            tenant=record.submit.tenant,
             worker_id=self.worker.worker_id,
             prompt_tokens=len(record.submit.prompt_ids),
             durable=True,

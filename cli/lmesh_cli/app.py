@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from lmesh_chassis.api_keys import digest_of, draw_key
 from rich.console import Console
 
 from lmesh_cli import launch
 from lmesh_cli import status as status_view
+from lmesh_cli.access import AccessError
 from lmesh_cli.chat import Chat, converse, pick_model
 from lmesh_cli.launch import LaunchError, UpRequest
 from lmesh_cli.mesh_link import ChatOptions, MeshError
@@ -30,7 +32,7 @@ app = typer.Typer(
 )
 _out = Console(soft_wrap=True)
 _notes = Console(stderr=True)
-_EXPECTED = (LaunchError, PlanError, PortTakenError, RedisNotFoundError, AlreadyRunningError, MeshError)
+_EXPECTED = (AccessError, LaunchError, PlanError, PortTakenError, RedisNotFoundError, AlreadyRunningError, MeshError)
 
 
 @app.command()
@@ -104,6 +106,15 @@ def chat(
         talk.ask(message if message is not None else sys.stdin.read())
 
 
+@app.command()
+def key() -> None:
+    """Draw an API key: the key, shown this once, and what the tenants file holds of it."""
+    drawn = draw_key()
+    print(drawn)
+    _notes.print("Keep it: only its digest is known to the mesh. In the tenants file:", style="dim", highlight=False)
+    print(f'key_digests = ["{digest_of(drawn)}"]')
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Run the checkout's benchmarks/run.py with the given options."""
@@ -139,7 +150,8 @@ def _print_addresses(state: MeshState) -> None:
     shape = plan.shape()
     models = ", ".join(f"{name} ({shape['workers']} worker{'s' * (shape['workers'] > 1)})" for name in shape["models"])
     _out.print(f"lmesh is up: {models}", highlight=False)
-    _out.print(f"  OpenAI API  http://{plan.http_address}/v1  (docs: http://{plan.http_address}/docs)", highlight=False)
+    url = f"{status_view.scheme()}://{plan.http_address}"
+    _out.print(f"  OpenAI API  {url}/v1  (docs: {url}/docs)", highlight=False)
     _out.print(f"  gRPC        {plan.grpc_address}", highlight=False)
     _out.print(f"  Redis       {state.redis.get('version', 'your own')}", highlight=False)
     _out.print(f"  logs        {RunDir().logs}", highlight=False)

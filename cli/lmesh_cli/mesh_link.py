@@ -11,10 +11,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from lmesh.scheduler.v1 import fleet_pb2, fleet_pb2_grpc
 from lmesh_chassis.errors import from_rpc_error
-from lmesh_chassis.keepalive import DEFAULT_MAX_MESSAGE_BYTES, Keepalive, link_options
 
-# A proxy meant for the outside must not get calls to this machine.
-_OPTIONS = [*link_options(Keepalive(), DEFAULT_MAX_MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)]
+from lmesh_cli import access
+
 _PROBE_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 10.0
 _PROGRESS = {
@@ -91,7 +90,7 @@ class ChatPiece:
 async def is_serving(address: str) -> bool:
     """Whether the gRPC server at host:port says that it serves."""
     try:
-        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        async with access.aio_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_PROBE_TIMEOUT_S)
     except grpc.RpcError:
@@ -99,14 +98,19 @@ async def is_serving(address: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def served_models(address: str) -> frozenset[str]:
-    """Ids of the models that the gateway at host:port serves; none when it does not answer."""
+async def served_models(address: str) -> frozenset[str] | None:
+    """Ids of the models that the gateway at host:port serves; none when it does not answer, None when it wants a key.
+
+    A key that is set and refused counts as no answer.
+    """
     try:
-        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        async with access.aio_channel(address) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            answer = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_PROBE_TIMEOUT_S)
-    except grpc.RpcError:
-        return frozenset()
+            request = inference_pb2.ListModelsRequest()
+            answer = await stub.ListModels(request, timeout=_PROBE_TIMEOUT_S, metadata=access.api_key())
+    except grpc.RpcError as error:
+        # Without a key the question cannot be asked.
+        return None if error.code() is grpc.StatusCode.UNAUTHENTICATED and not access.api_key() else frozenset()
     return frozenset(model.id for model in answer.models)
 
 
@@ -114,7 +118,7 @@ def list_models(address: str) -> list[str]:
     """Ids of the models that the gateway at host:port serves. Raises MeshError."""
     with _channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        answer = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_CALL_TIMEOUT_S)
+        answer = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_CALL_TIMEOUT_S, metadata=access.api_key())
     return [model.id for model in answer.models]
 
 
@@ -148,7 +152,8 @@ def chat(
         stop=inference_pb2.StopParams(max_tokens=options.max_tokens),
     )
     with _channel(address) as channel:
-        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=timeout_s)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(request, timeout=timeout_s, metadata=access.api_key())
         try:
             for event in call:
                 if event.HasField("delta"):
@@ -193,7 +198,7 @@ def _worker(status: fleet_pb2.WorkerStatus) -> WorkerView:
 
 @contextmanager
 def _channel(address: str) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+    with access.channel(address) as channel:
         try:
             yield channel
         except grpc.RpcError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from lmesh_cli import mesh_link
+from lmesh_cli import access, mesh_link
 
 Probe = Callable[[], Awaitable[bool]]
 _TIMEOUT_S = 2.0
@@ -33,7 +33,9 @@ def models(address: str, ids: frozenset[str]) -> Probe:
     """Ready when the gateway at host:port serves all of `ids`."""
 
     async def probe() -> bool:
-        return ids <= await mesh_link.served_models(address)
+        served = await mesh_link.served_models(address)
+        # Without a key nobody can ask; then the gateway's own health has to do.
+        return served is None or ids <= served
 
     return probe
 
@@ -54,7 +56,9 @@ async def _status_line(address: str, path: str) -> int:
     host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            tls = access.http_context()
+            name = (access.server_name() or host) if tls is not None else None
+            reader, writer = await asyncio.open_connection(host, int(port), ssl=tls, server_hostname=name)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
                 return int((await reader.readline()).split()[1])

@@ -9,17 +9,22 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lmesh_cli import mesh_link
+from lmesh_cli import access, mesh_link
 from lmesh_cli.mesh_link import FleetView, MeshError, WorkerView
 from lmesh_cli.plan import MeshPlan
 from lmesh_cli.run_dir import MeshState, RunDir
+
+
+def scheme() -> str:
+    """Of the HTTP address: https where the command has a CA to check the mesh with."""
+    return "http" if access.http_context() is None else "https"
 
 
 def addresses(state: MeshState) -> dict[str, str]:
     """Where the mesh is reached, by purpose."""
     plan = MeshPlan.from_json(state.plan)
     return {
-        "http": f"http://{plan.http_address}",
+        "http": f"{scheme()}://{plan.http_address}",
         "grpc": plan.grpc_address,
         "scheduler": plan.scheduler_address,
         "scheduler_metrics": f"http://127.0.0.1:{plan.scheduler_metrics_port}/metrics",

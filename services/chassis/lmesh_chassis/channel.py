@@ -7,6 +7,7 @@ import json
 import grpc
 
 from lmesh_chassis.keepalive import DEFAULT_MAX_MESSAGE_BYTES, Keepalive, Options, link_options
+from lmesh_chassis.tls import PLAIN, Tls
 
 # Calls that failed before their first message are tried again; a stream that has begun never is. No `timeout` here:
 # in a service config it cuts calls at once, so every call passes its own.
@@ -36,6 +37,7 @@ def connect(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     keepalive: Keepalive | None = None,
     retries: bool = True,
+    tls: Tls = PLAIN,
 ) -> grpc.aio.Channel:
     """A channel to host:port or unix:path; connects on first use and reconnects by itself.
 
@@ -51,4 +53,9 @@ def connect(
     ]
     if retries:
         options.append(("grpc.service_config", _SERVICE_CONFIG))
-    return grpc.aio.insecure_channel(address, options=options)
+    credentials = tls.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, credentials, options=options)

@@ -11,6 +11,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from lmesh_chassis.redaction import redact
+
 
 class ServiceError(Exception):
     """Base of every error that a caller may see; subclasses state `code`, `reason` and `retryable`.
@@ -69,14 +71,15 @@ class RemoteError(NamedTuple):
 
 def to_status(error: ServiceError, domain: str) -> grpc.Status:
     """The status for `context.abort_with_status`, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+    message = redact(error.message)
     metadata = {**error.metadata, "retryable": "true" if error.retryable else "false"}
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=domain, metadata=metadata)]
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_ms is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_ms)))
-    status = status_pb2.Status(code=_number(error.code), message=error.message, details=[_pack(d) for d in details])
+    status = status_pb2.Status(code=_number(error.code), message=message, details=[_pack(d) for d in details])
     return cast(grpc.Status, rpc_status.to_status(status))
 
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 # 128 k ids with prompt log-probabilities pass gRPC's default of 4 MiB; a prefill chunk's share stays well below this.
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 2**20
 
+# Metadata of one call, both directions: a trace, ids, an API key. Error details travel in it too.
+DEFAULT_MAX_METADATA_BYTES = 16 * 2**10
+# A connection that has not greeted by then is closed; so is one without calls after the longer time.
+_HANDSHAKE_MS = 10_000
+_IDLE_MS = 15 * 60_000
+
 Options = list[tuple[str, int | str]]
 
 
@@ -36,4 +42,9 @@ def server_options(keepalive: Keepalive, max_message_bytes: int, max_send_bytes:
         *link_options(keepalive, max_message_bytes, max_send_bytes),
         ("grpc.http2.min_ping_interval_without_data_ms", 1),
         ("grpc.http2.max_ping_strikes", 0),
+        # Equal limits: between them gRPC would refuse at random.
+        ("grpc.max_metadata_size", DEFAULT_MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", DEFAULT_MAX_METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
     ]

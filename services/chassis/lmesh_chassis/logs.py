@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, TextIO
 
 from lmesh_chassis import tracing
+from lmesh_chassis.redaction import HIDDEN, is_secret_name, redact
 
 # The request that the current task works for; the interceptors and the gateway's HTTP side set it.
 request_id: ContextVar[str] = ContextVar("lmesh_request_id", default="")
@@ -18,9 +19,6 @@ request_id: ContextVar[str] = ContextVar("lmesh_request_id", default="")
 Json = Any  # whatever a caller put into a record
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_SECRET_NAMES = frozenset({"authorization", "api_key", "apikey", "password", "secret", "access_token", "hf_token"})
-_URL_CREDENTIALS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
-_BEARER = re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]+")
 
 
 def setup(service: str, level: str = "info", stream: TextIO | None = None) -> None:
@@ -30,8 +28,17 @@ def setup(service: str, level: str = "info", stream: TextIO | None = None) -> No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # What nobody caught would go to stderr as it is, secrets of its message included.
+    sys.excepthook = _log_uncaught
     # Its info lines repeat what ours say.
     logging.getLogger("opentelemetry").setLevel(logging.WARNING)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    logging.getLogger("lmesh").critical("the process failed", exc_info=(kind, error, trace))
 
 
 class JsonFormatter(logging.Formatter):
@@ -57,20 +64,16 @@ class JsonFormatter(logging.Formatter):
         line = {key: value for key, value in line.items() if value != ""} | extras
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_clean(line), default=lambda value: _scrub(str(value)), ensure_ascii=False)
+        return json.dumps(_clean(line), default=lambda value: redact(str(value)), ensure_ascii=False)
 
 
 def _clean(value: Json, name: str = "") -> Json:
-    if name.lower() in _SECRET_NAMES:
-        return "[redacted]"
+    if name and is_secret_name(name):
+        return HIDDEN
     if isinstance(value, str):
-        return _scrub(value)
+        return redact(value)
     if isinstance(value, dict):
         return {str(key): _clean(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_clean(item) for item in value]
     return value
-
-
-def _scrub(text: str) -> str:
-    return _BEARER.sub(r"\1 [redacted]", _URL_CREDENTIALS.sub(r"\1[redacted]@", text))

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection as grpc_reflection
 from lmesh_chassis.health import HealthServicer
 from lmesh_chassis.interceptors import standard_interceptors
 from lmesh_chassis.keepalive import DEFAULT_MAX_MESSAGE_BYTES, Keepalive, server_options
+from lmesh_chassis.tls import PLAIN, Tls
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ class GrpcServer:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_send_bytes: int | None = None,
         keepalive: Keepalive | None = None,
+        tls: Tls = PLAIN,
     ) -> None:
+        self._tls = tls
         self._address = address
         self._reflection = reflection
         self._names: list[str] = []
@@ -60,12 +63,18 @@ class GrpcServer:
             names = [*self._names, health.SERVICE_NAME, grpc_reflection.SERVICE_NAME]
             grpc_reflection.enable_server_reflection(names, self._server)
         try:
-            bound = self._server.add_insecure_port(self._address)
+            bound = self._listen()
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._address}") from error
         await self._server.start()
         self.port = 0 if self._address.startswith("unix:") else bound
         return self.port
+
+    def _listen(self) -> int:
+        credentials = self._tls.server_credentials()
+        if credentials is None:
+            return self._server.add_insecure_port(self._address)
+        return self._server.add_secure_port(self._address, credentials)
 
     def set_serving(self, name: str, serving: bool) -> None:
         """Sets the health of one service by its full name, or of the server as a whole by ""."""

@@ -7,10 +7,12 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
+
+from lmesh_chassis.redaction import hide, hide_url, redact
 
 T = TypeVar("T")
 Hint = Any  # what typing.get_type_hints gives for a field
@@ -27,8 +29,13 @@ class SettingsError(ValueError):
     """A variable that cannot be used; `variable` is its name and the text says what would be right."""
 
     def __init__(self, variable: str, message: str) -> None:
-        super().__init__(f"{variable}: {message}")
+        super().__init__(redact(f"{variable}: {message}"))
         self.variable = variable
+
+
+def secret(default: str = "") -> Any:  # noqa: ANN401 - stands where dataclasses.field does
+    """A text field that no repr shows and no log line or error message lets through."""
+    return dataclasses.field(default=default, repr=False, metadata={"secret": True})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +48,20 @@ class ChassisSettings:
     metrics_port: int = 0  # 0 serves no metrics page
     drain_timeout_s: float = 30.0  # how long running work may take after SIGTERM
     reflection: bool = True
+    tls_cert_file: str = ""  # PEM, the whole chain; with it everything that the service serves is TLS
+    tls_key_file: str = ""  # PEM, not encrypted
+    tls_ca_file: str = ""  # PEM; with it the service calls others over TLS only, and accepts only this CA
+    tls_require_client_cert: bool = False  # callers need a certificate of tls_ca_file's
+    tls_server_name: str = ""  # the name in the others' certificates; empty: the host that is called
+
+    def check_tls(self) -> None:
+        """ValueError for tls_* settings that do not go together."""
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("tls_cert_file and tls_key_file go together")
+        if self.tls_require_client_cert and not (self.tls_cert_file and self.tls_ca_file):
+            raise ValueError("tls_require_client_cert needs tls_cert_file, tls_key_file and tls_ca_file")
+        if self.tls_server_name and not self.tls_ca_file:
+            raise ValueError("tls_server_name needs tls_ca_file")
 
 
 def load(cls: type[T], *, service: str, environ: Mapping[str, str] | None = None) -> T:
@@ -63,18 +84,35 @@ def load(cls: type[T], *, service: str, environ: Mapping[str, str] | None = None
             values[field.name] = _parse(variable, field.name, hints[field.name], source[variable].strip())
         elif field.default is MISSING and field.default_factory is MISSING:
             raise SettingsError(variable, "must be set")
+    for field in fields.values():
+        _hide(values.get(field.name), secret=bool(field.metadata.get("secret")))
     try:
-        return typing.cast(T, cls(**values))
+        made = cls(**values)
+        if isinstance(made, ChassisSettings):
+            made.check_tls()
+        return made
     except SettingsError:
         raise
     except ValueError as error:  # the dataclass's own checks across fields
         raise SettingsError(prefix + "*", str(error)) from error
 
 
+def _hide(value: Value, *, secret: bool) -> None:
+    if isinstance(value, str):
+        hide_url(value)
+        if secret:
+            hide(value)
+
+
 def load_or_exit(cls: type[T], *, service: str) -> T:
     """`load` from the process's environment; a bad variable ends the process with status 2 and one clear line."""
+    return exit_unless(lambda: load(cls, service=service), service=service)
+
+
+def exit_unless(work: Callable[[], T], *, service: str) -> T:
+    """What `work` returns; its SettingsError ends the process with status 2 and one clear line."""
     try:
-        return load(cls, service=service)
+        return work()
     except SettingsError as error:
         print(f"lmesh {service}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

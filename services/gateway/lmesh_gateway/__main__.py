@@ -7,11 +7,12 @@ import os
 import sys
 import tempfile
 
-from lmesh_chassis import lifecycle, logs, metrics, tracing
+from lmesh_chassis import lifecycle, logs, metrics, tls, tracing
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.processes import run_processes
-from lmesh_chassis.settings import load_or_exit
+from lmesh_chassis.settings import exit_unless, load_or_exit
 
+from lmesh_gateway.authentication import Authenticator
 from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.gateway import Gateway
 from lmesh_gateway.http.app import build_app
@@ -23,9 +24,12 @@ _STOP_MARGIN_S = 5.0
 
 
 def main() -> None:
-    """The process's entry; exits 0 after a drain, 1 when it cannot listen, 2 on a bad setting."""
+    """The process's entry; exits 0 after a drain, 1 when it cannot listen, 2 on a bad setting or file of one."""
     settings = load_or_exit(GatewaySettings, service="gateway")
     logs.setup("gateway", settings.log_level)
+    # Read again by each serving process; here so that a fault stops the boot with one line.
+    exit_unless(lambda: tls.from_settings(settings), service="gateway")
+    exit_unless(lambda: Authenticator.from_file(settings.tenants_file), service="gateway")
     serve = _serve if settings.processes == 1 else _supervise
     sys.exit(lifecycle.run(lambda shutdown: serve(settings, shutdown)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmesh_chassis.settings import ChassisSettings
+from lmesh_chassis.settings import ChassisSettings, secret
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +24,18 @@ class GatewaySettings(ChassisSettings):
     max_requests: int = 4096  # live requests of one process; more are refused
     run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
     scheduler_grace_s: float = 10.0  # how long requests that wait for a worker survive without a scheduler
+    http_head_timeout_s: float = 10.0  # from a connection's start, or a request's, to the end of its headers
     drain_linger_s: float = 0.5  # after SIGTERM, how long new requests are still answered, with DRAINING
+    tenants_file: str = ""  # who may call, with which API keys; empty: everybody, with none
+    # Keys the tenants' cache salts; the same in all gateways of a mesh. Empty: each model's digest.
+    cache_salt_key: str = secret()
     reuse_port: bool = False  # other processes listen on the same addresses; set for the copies of `processes`
 
     def __post_init__(self) -> None:
         """Checks across fields; ValueError stops the boot."""
         if self.processes < 1 or self.tokenizer_threads < 1 or self.template_processes < 1:
             raise ValueError("processes, tokenizer_threads and template_processes must be at least 1")
+        if self.http_head_timeout_s <= 0:
+            raise ValueError("http_head_timeout_s must be positive")
         if self.default_deadline_s <= 0 or self.default_queue_timeout_s <= 0 or self.max_requests < 1:
             raise ValueError("default_deadline_s, default_queue_timeout_s and max_requests must be positive")

@@ -13,6 +13,7 @@ from lmesh_chassis import tracing
 from lmesh_chassis.channel import connect
 from lmesh_chassis.errors import RemoteError, from_rpc_error
 from lmesh_chassis.links import Link
+from lmesh_chassis.tls import PLAIN, Tls
 
 from lmesh_gateway.dispatch_session import DispatchBatch, DispatchSession
 from lmesh_gateway.errors import (
@@ -45,13 +46,14 @@ class DispatchLink:
         *,
         grace_s: float,
         on_catalog: Callable[[list[CatalogModel]], None],
+        tls: Tls = PLAIN,
     ) -> None:
         self._gateway_id = gateway_id
         self._grace_s = grace_s
         self._on_catalog = on_catalog
         self._session = DispatchSession()
         self._grace: asyncio.TimerHandle | None = None
-        self._channel = connect(address, domain=DOMAIN, retries=False)
+        self._channel = connect(address, domain=DOMAIN, retries=False, tls=tls)
         self._stub = dispatch_pb2_grpc.DispatchServiceStub(self._channel)
         self._link: Link[dispatch_pb2.DispatchRequest, dispatch_pb2.DispatchResponse] = Link(
             self._stub.Dispatch,
@@ -111,20 +113,22 @@ class DispatchLink:
         self._session.worker_lost(worker_id, epoch)
         self._link.wake()
 
-    async def cancel(self, request_id: str) -> None:
-        """Cancels a live request of any gateway. Raises RequestNotFoundError or RequestEndedError."""
+    async def cancel(self, request_id: str, tenant: str) -> None:
+        """Cancels a live request of the tenant's, of any gateway. Raises RequestNotFoundError or RequestEndedError."""
         entry = self._session.live(request_id)
         if entry is not None:
+            if entry.plan.tenant != tenant:
+                raise _unknown(request_id)
             entry.listener.on_ended(CancelledError("the request was cancelled"), Outcome.CANCELLED)
             return
-        # The report may still be on its way to the scheduler: what ended here needs no question.
-        if self._session.ended_lately(request_id) or (await self.describe(request_id)).ended:
+        # Asked even about what ended here, for the record says whose it is. Its report may still be on its way.
+        if (await self.describe(request_id, tenant)).ended or self._session.ended_lately(request_id):
             raise RequestEndedError(f"request {request_id} has ended already", field="request_id")
         self._session.cancel(request_id)
         self._link.wake()
 
-    async def describe(self, request_id: str) -> RequestRecord:
-        """A request's record. Raises RequestNotFoundError or SchedulerUnavailableError."""
+    async def describe(self, request_id: str, tenant: str) -> RequestRecord:
+        """A record of the tenant's. Raises RequestNotFoundError, of another's too, or SchedulerUnavailableError."""
         request = dispatch_pb2.DescribeRequestRequest(request_id=request_id)
         try:
             record = await self._stub.DescribeRequest(
@@ -132,6 +136,8 @@ class DispatchLink:
             )
         except grpc.aio.AioRpcError as error:
             raise _call_error(from_rpc_error(error), request_id) from error
+        if record.tenant != tenant:
+            raise _unknown(request_id)
         return _record(record)
 
     def _hello(self) -> dispatch_pb2.DispatchRequest:
@@ -192,6 +198,7 @@ def _submit(plan: Plan) -> dispatch_pb2.Submit:
         queue_timeout_ms=_remaining_ms(plan.queue_deadline_at),
         tenant=plan.tenant,
         traceparent=plan.traceparent,
+        cache_salt=plan.cache_salt,
     )
 
 
@@ -254,14 +261,19 @@ def _record(record: dispatch_pb2.DescribeRequestResponse) -> RequestRecord:
         completion_tokens=record.completion_tokens,
         cached_tokens=record.cached_tokens,
         durable=record.durable,
+        tenant=record.tenant,
     )
+
+
+def _unknown(request_id: str) -> RequestNotFoundError:
+    return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
 
 
 def _call_error(
     error: RemoteError, request_id: str
 ) -> RequestNotFoundError | DeadlineExceededError | SchedulerUnavailableError:
     if error.code is grpc.StatusCode.NOT_FOUND:
-        return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
+        return _unknown(request_id)
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError("the scheduler did not answer in time")
     return SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)

@@ -32,9 +32,17 @@ __all__ = [
     "TemplateInvalidError",
     "TemplateRefusedError",
     "TemplateTimeoutError",
+    "UnauthenticatedError",
     "WorkerFailedError",
     "WorkerLostError",
 ]
+
+
+class UnauthenticatedError(ServiceError):
+    """The call has no API key, or one that is not known."""
+
+    code = StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
 
 
 class ContextLengthExceededError(InvalidArgumentError):

@@ -8,16 +8,18 @@ import uuid
 from collections.abc import Callable
 
 from lmesh.inference.v1 import inference_pb2_grpc
-from lmesh_chassis import metrics
+from lmesh_chassis import metrics, tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from lmesh_kernels.text.sandbox import TemplateSandbox
 
+from lmesh_gateway.authentication import Authenticator, interceptor
 from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.dispatch_link import DispatchLink
 from lmesh_gateway.errors import DOMAIN
 from lmesh_gateway.generation import Generator, ModelDirectory
 from lmesh_gateway.generator import Limits, MeshGenerator
+from lmesh_gateway.http.keys import KeyedApp
 from lmesh_gateway.http_server import Asgi, HttpServer, bind
 from lmesh_gateway.models import CatalogDirectory
 from lmesh_gateway.prompts import PromptBuilder
@@ -38,15 +40,21 @@ class Gateway:
         self._settings = settings
         self._build_app = build_app
         self.gateway_id = uuid.uuid4().hex
+        self._tls = tls.from_settings(settings)
+        self._authenticator = Authenticator.from_file(settings.tenants_file)
         self.directory = CatalogDirectory()
         self._dispatch = DispatchLink(
             settings.scheduler,
             self.gateway_id,
             grace_s=settings.scheduler_grace_s,
             on_catalog=self.directory.feed,
+            tls=self._tls,
         )
         self._runs = RunLinks(
-            self.gateway_id, grace_s=settings.run_resume_grace_s, on_worker_lost=self._dispatch.worker_lost
+            self.gateway_id,
+            grace_s=settings.run_resume_grace_s,
+            on_worker_lost=self._dispatch.worker_lost,
+            tls=self._tls,
         )
         self._prompts = PromptBuilder(
             TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
@@ -62,14 +70,17 @@ class Gateway:
                 queue_timeout_s=settings.default_queue_timeout_s,
                 max_requests=settings.max_requests,
             ),
+            cache_salt_key=settings.cache_salt_key,
         )
         self._grpc = GrpcServer(
             settings.grpc_address,
             domain=DOMAIN,
             reuse_port=settings.reuse_port,
             reflection=settings.reflection,
+            interceptors=[interceptor(self._authenticator)],
             max_message_bytes=settings.max_body_bytes,
             max_send_bytes=-1,  # a prompt's log-probabilities are as large as the client asked for
+            tls=self._tls,
         )
         self._http: HttpServer | None = None
         self._page: metrics.MetricsServer | None = None
@@ -95,7 +106,13 @@ class Gateway:
         settings = self._settings
         sock = bind(settings.http_address, reuse_port=settings.reuse_port)
         app = self._build_app(self.generator, self.directory, lambda: self.ready)
-        self._http = HttpServer(app, sock, drain_timeout_s=settings.drain_timeout_s)
+        self._http = HttpServer(
+            KeyedApp(app, self._authenticator),
+            sock,
+            drain_timeout_s=settings.drain_timeout_s,
+            head_timeout_s=settings.http_head_timeout_s,
+            tls=self._tls.http,
+        )
         servicer = InferenceServicer(self.generator, self.directory, self._dispatch)
         self._grpc.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
         await self._grpc.start()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lmesh_chassis import logs
 from lmesh_chassis.errors import ServiceError
 
+from lmesh_gateway.cache_salt import cache_salt
 from lmesh_gateway.errors import DrainingError, QueueFullError
 from lmesh_gateway.generation import Event, GenerationRequest, ModelDirectory, ServedModel
 from lmesh_gateway.live_request import LiveRequest, WorkerPort
@@ -43,12 +44,14 @@ class MeshGenerator:
         scheduler: SchedulerPort,
         workers: WorkerPort,
         limits: Limits,
+        cache_salt_key: str = "",
     ) -> None:
         self._directory = directory
         self._prompts = prompts
         self._scheduler = scheduler
         self._workers = workers
         self._limits = limits
+        self._cache_salt_key = cache_salt_key
         self._live = 0
         self.draining = False
 
@@ -112,6 +115,7 @@ class MeshGenerator:
             tenant=request.tenant,
             traceparent=span.traceparent,
             created=created,
+            cache_salt=cache_salt(request.tenant, key=self._cache_salt_key, model_digest=model.digest),
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 
-from lmesh_gateway.http_protocol import BoundedHttpProtocol
+from lmesh_gateway.http_protocol import bounded
 
 Asgi = Any  # an ASGI application, in uvicorn's own loose sense
 
@@ -39,10 +40,19 @@ def bind(address: str, *, reuse_port: bool) -> socket.socket:
 class HttpServer:
     """Serves one ASGI application on a bound socket."""
 
-    def __init__(self, app: Asgi, sock: socket.socket, *, drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        app: Asgi,
+        sock: socket.socket,
+        *,
+        drain_timeout_s: float,
+        head_timeout_s: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         config = uvicorn.Config(
             app,
-            http=BoundedHttpProtocol,
+            http=bounded(head_timeout_s),
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
             ws="none",
             lifespan="off",
             log_config=None,  # the process's JSON logs

@@ -145,8 +145,7 @@ class LiveRequest:
             ids=plan.prompt_ids,
             prompt_len=len(plan.prompt_ids),
             params=params,
-            # Tenants must not learn each other's prompts from the cache's speed.
-            cache_salt=plan.tenant,
+            cache_salt=plan.cache_salt,
             traceparent=plan.traceparent,
         )
 

@@ -67,6 +67,7 @@ class RequestRecord:
     completion_tokens: int
     cached_tokens: int
     durable: bool
+    tenant: str = ""
 
     @property
     def ended(self) -> bool:

@@ -37,3 +37,4 @@ class Plan:
     tenant: str
     traceparent: str
     created: float
+    cache_salt: str = ""  # derived from the tenant: tenants must not learn each other's prompts from the cache's speed

@@ -11,6 +11,7 @@ from lmesh.worker.v1 import run_pb2, run_pb2_grpc
 from lmesh_chassis.channel import connect
 from lmesh_chassis.errors import RemoteError
 from lmesh_chassis.links import Link
+from lmesh_chassis.tls import PLAIN, Tls
 
 from lmesh_gateway.errors import DOMAIN
 from lmesh_gateway.logprobs import LogprobColumns
@@ -36,7 +37,15 @@ class RunLink:
     `on_gone(link, lost)` is called once, when the link has ended for good; `lost` says that the worker was given up.
     """
 
-    def __init__(self, leg: Leg, gateway_id: str, *, grace_s: float, on_gone: Callable[[RunLink, bool], None]) -> None:
+    def __init__(
+        self,
+        leg: Leg,
+        gateway_id: str,
+        *,
+        grace_s: float,
+        on_gone: Callable[[RunLink, bool], None],
+        tls: Tls = PLAIN,
+    ) -> None:
         self.worker_id = leg.worker_id
         self.epoch = leg.epoch
         self._gateway_id = gateway_id
@@ -45,7 +54,7 @@ class RunLink:
         self._session = RunSession(leg.worker_id)
         self._gone = False
         self._grace: asyncio.TimerHandle | None = None
-        self._channel = connect(leg.address, domain=DOMAIN, retries=False)
+        self._channel = connect(leg.address, domain=DOMAIN, retries=False, tls=tls)
         self._link: Link[run_pb2.RunRequest, run_pb2.RunResponse] = Link(
             run_pb2_grpc.RunServiceStub(self._channel).Run,
             name=f"run:{leg.worker_id}",

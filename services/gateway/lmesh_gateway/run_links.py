@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from lmesh_chassis.tls import PLAIN, Tls
+
 from lmesh_gateway.placement import Leg
 from lmesh_gateway.run_link import RunLink
 from lmesh_gateway.slots import SequenceListener, SequenceStart
@@ -15,7 +17,10 @@ Abort = Callable[[], None]
 class RunLinks:
     """Opens links as placements need them; `on_worker_lost(worker_id, epoch)` hears of each worker given up."""
 
-    def __init__(self, gateway_id: str, *, grace_s: float, on_worker_lost: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, gateway_id: str, *, grace_s: float, on_worker_lost: Callable[[str, str], None], tls: Tls = PLAIN
+    ) -> None:
+        self._tls = tls
         self._gateway_id = gateway_id
         self._grace_s = grace_s
         self._on_worker_lost = on_worker_lost
@@ -25,7 +30,7 @@ class RunLinks:
         """Runs a sequence on the leg's worker; the returned function drops it, at any time and any number of times."""
         link = self._links.get((leg.worker_id, leg.epoch))
         if link is None:
-            link = RunLink(leg, self._gateway_id, grace_s=self._grace_s, on_gone=self._forget)
+            link = RunLink(leg, self._gateway_id, grace_s=self._grace_s, on_gone=self._forget, tls=self._tls)
             self._links[(leg.worker_id, leg.epoch)] = link
         slot = link.start(start, listener)
         return lambda: link.abort(slot)

@@ -11,6 +11,7 @@ from lmesh.inference.v1 import inference_pb2 as pb
 from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh_chassis import tracing
 
+from lmesh_gateway.authentication import caller
 from lmesh_gateway.errors import InvalidArgumentError, RequestNotFoundError
 from lmesh_gateway.generation import (
     Accepted,
@@ -43,12 +44,12 @@ _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 class Registry(Protocol):
     """Where requests of the whole mesh are looked up and cancelled."""
 
-    async def cancel(self, request_id: str) -> None:
-        """Cancels a live request; RequestNotFoundError or RequestEndedError otherwise."""
+    async def cancel(self, request_id: str, tenant: str) -> None:
+        """Cancels a live request of the tenant's; RequestNotFoundError or RequestEndedError otherwise."""
         ...
 
-    async def describe(self, request_id: str) -> RequestRecord:
-        """A request's record; RequestNotFoundError when there is none."""
+    async def describe(self, request_id: str, tenant: str) -> RequestRecord:
+        """A record of the tenant's; RequestNotFoundError when there is none."""
         ...
 
 
@@ -74,13 +75,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     await context.write(response)
 
     async def Cancel(self, request: pb.CancelRequest, context: RpcContext) -> pb.CancelResponse:
-        """Cancels a request of any client."""
-        await self._registry.cancel(_known_id(request.request_id))
+        """Cancels a request of any client of the same tenant."""
+        await self._registry.cancel(_known_id(request.request_id), caller.get())
         return pb.CancelResponse()
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: RpcContext) -> pb.GetRequestResponse:
         """A request's state and timeline."""
-        return _record(await self._registry.describe(_known_id(request.request_id)))
+        return _record(await self._registry.describe(_known_id(request.request_id), caller.get()))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: RpcContext) -> pb.ListModelsResponse:
         """The models that can be asked for now."""
@@ -106,6 +107,7 @@ def _request(request: pb.GenerateRequest, *, deadline_s: float | None) -> Genera
         output=_output(request.output),
         deadline_s=deadline_s,
         queue_timeout_s=queue_timeout,
+        tenant=caller.get(),
         traceparent=tracing.inject(),
     )
 

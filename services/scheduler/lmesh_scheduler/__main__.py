@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from lmesh_chassis import lifecycle, logs, tracing
+from lmesh_chassis import lifecycle, logs, tls, tracing
 from lmesh_chassis.lifecycle import Shutdown
-from lmesh_chassis.settings import load_or_exit
+from lmesh_chassis.settings import exit_unless, load_or_exit
 from redis.exceptions import RedisError
 
 from lmesh_scheduler.config import SchedulerSettings
@@ -20,6 +20,7 @@ def main() -> None:
     """The process's entry; exits 0 after a drain, 1 when fenced or failed, 2 on a setting it cannot use."""
     settings = load_or_exit(SchedulerSettings, service="scheduler")
     logs.setup("scheduler", settings.log_level)
+    exit_unless(lambda: tls.from_settings(settings), service="scheduler")
     sys.exit(lifecycle.run(lambda shutdown: _serve(settings, shutdown)))
 
 

@@ -8,6 +8,7 @@ import time
 
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
+from lmesh_chassis import tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from prometheus_client import REGISTRY
@@ -66,7 +67,10 @@ class SchedulerService:
         self.server = self._build_server()
 
     def _build_server(self) -> GrpcServer:
-        server = GrpcServer(self._settings.address, domain=DOMAIN, reflection=self._settings.reflection)
+        settings = self._settings
+        server = GrpcServer(
+            settings.address, domain=DOMAIN, reflection=settings.reflection, tls=tls.from_settings(settings)
+        )
         add_dispatch = dispatch_pb2_grpc.add_DispatchServiceServicer_to_server
         server.add(add_dispatch, self._dispatch, dispatch_servicer.SERVICE_NAME)
         server.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, self._fleet, fleet_servicer.SERVICE_NAME)

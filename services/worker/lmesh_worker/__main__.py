@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from lmesh_chassis import lifecycle, logs, tracing
+from lmesh_chassis import lifecycle, logs, tls, tracing
 from lmesh_chassis.lifecycle import Shutdown
-from lmesh_chassis.settings import load_or_exit
+from lmesh_chassis.settings import exit_unless, load_or_exit
 from lmesh_kernels.text.digests import model_digest, text_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 
@@ -23,6 +23,7 @@ def main() -> None:
     """The process's entry; exits 0 after a drain, 1 when the engine failed, 2 on a bad setting or model."""
     settings = load_or_exit(WorkerSettings, service="worker")
     logs.setup("worker", settings.log_level)
+    exit_unless(lambda: tls.from_settings(settings), service="worker")
     lifecycle.die_with_parent()
     try:
         files = resolve(settings.model)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lmesh.worker.v1 import run_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
+from lmesh_chassis import tls
 from lmesh_chassis.channel import connect
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
@@ -85,7 +86,9 @@ class Worker:
             stuck=lambda: self._verdict_before == Verdict.STUCK,
             registry=registry,
         )
-        self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
+        self.server = GrpcServer(
+            settings.address, domain=DOMAIN, reflection=settings.reflection, tls=tls.from_settings(settings)
+        )
         self.worker_id = settings.id
 
     async def run(self, shutdown: Shutdown) -> int:
@@ -141,7 +144,9 @@ class Worker:
         self._metrics.ready(ready)
         limits = Limits(max_model_len=ready.max_model_len, vocab_size=ready.vocab_size)
         self.sessions.open(limits, ready.weights_version)
-        async with connect(self._settings.scheduler, domain=DOMAIN, retries=False) as channel:
+        async with connect(
+            self._settings.scheduler, domain=DOMAIN, retries=False, tls=tls.from_settings(self._settings)
+        ) as channel:
             fleet = FleetLink(
                 channel,
                 self._identity(),

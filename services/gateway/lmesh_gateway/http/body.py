@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any, NoReturn, TypeVar
@@ -10,7 +11,7 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from lmesh_gateway.errors import RequestTooLargeError
-from lmesh_gateway.http.errors import MalformedBodyError
+from lmesh_gateway.http.errors import BodyTooLateError, MalformedBodyError
 from lmesh_gateway.http.schemas import SamplingBody
 from lmesh_gateway.http.unsupported import check_extras
 
@@ -19,14 +20,22 @@ Body = TypeVar("Body", bound=SamplingBody)
 # A client that is still sending cannot read a refusal. What is over the limit is read on and thrown away, up to this
 # many times the limit; whoever sends more finds the connection closed.
 _DISCARD_FACTOR = 16
+# For the largest body over a slow line; what a client that sends byte by byte can hold is bounded by it.
+_READ_TIMEOUT_S = 120.0
 
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The request's body as `kind`.
 
-    Raises RequestTooLargeError, MalformedBodyError, UnsupportedParameterError or UnknownParameterError.
+    Raises RequestTooLargeError, BodyTooLateError, MalformedBodyError, UnsupportedParameterError or
+    UnknownParameterError.
     """
-    body = parse(await _bytes(request, limit), kind)
+    try:
+        async with asyncio.timeout(_READ_TIMEOUT_S):
+            data = await _bytes(request, limit)
+    except TimeoutError:
+        raise BodyTooLateError(f"the body did not end within {_READ_TIMEOUT_S:g} s") from None
+    body = parse(data, kind)
     check_extras(body)
     return body
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 from grpc import StatusCode
+from lmesh_chassis.redaction import redact
 
 from lmesh_gateway.errors import InvalidArgumentError, RequestTooLargeError, ServiceError
 
@@ -76,8 +77,28 @@ class HeadersTooLargeError(ServiceError):
     reason = "HEADERS_TOO_LARGE"
 
 
+class HeadersTooLateError(ServiceError):
+    """The request's line and headers did not end in time."""
+
+    code = StatusCode.DEADLINE_EXCEEDED
+    reason = "HEADERS_TOO_LATE"
+
+
+class BodyTooLateError(ServiceError):
+    """The request's body did not end in time."""
+
+    code = StatusCode.DEADLINE_EXCEEDED
+    reason = "BODY_TOO_LATE"
+
+
 # Where HTTP is finer than gRPC.
-_FINER = {RequestTooLargeError.reason: 413, MethodNotAllowedError.reason: 405, HeadersTooLargeError.reason: 431}
+_FINER = {
+    RequestTooLargeError.reason: 413,
+    MethodNotAllowedError.reason: 405,
+    HeadersTooLargeError.reason: 431,
+    HeadersTooLateError.reason: 408,
+    BodyTooLateError.reason: 408,
+}
 
 
 def http_status(error: ServiceError) -> int:
@@ -90,7 +111,7 @@ def error_body(error: ServiceError) -> dict[str, dict[str, str | None]]:
     status = http_status(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = None if error.field is None else openai_field(error.field)
-    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.reason}}
+    return {"error": {"message": redact(error.message), "type": kind, "param": param, "code": error.reason}}
 
 
 def openai_field(field: str) -> str:

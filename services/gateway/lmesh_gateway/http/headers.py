@@ -29,6 +29,17 @@ def told_request_id(request: Request) -> dict[str, str]:
     return {REQUEST_ID: found} if is_request_id(found) else {}
 
 
+def set_tenant(request: Request, tenant: str) -> None:
+    """Whose call it is, as its API key says."""
+    request.state.tenant = tenant
+
+
+def tenant(request: Request) -> str:
+    """Whose call it is; "" where no keys are asked for."""
+    found: str = getattr(request.state, "tenant", "")
+    return found
+
+
 def traceparent(request: Request) -> str:
     """The client's trace context."""
     return request.headers.get(TRACEPARENT, "")

@@ -34,11 +34,17 @@ class Envelope:
     request_id: str
     deadline_s: float | None
     traceparent: str
+    tenant: str = ""
 
     @classmethod
     def of(cls, request: Request) -> Envelope:
         """Reads the headers; raises InvalidArgumentError."""
-        return cls(headers.request_id(request), headers.deadline_s(request), headers.traceparent(request))
+        return cls(
+            headers.request_id(request),
+            headers.deadline_s(request),
+            headers.traceparent(request),
+            headers.tenant(request),
+        )
 
     def id_of(self, index: int, count: int) -> str:
         """The request id of one prompt of a batch."""
@@ -62,6 +68,7 @@ def chat_request(body: ChatBody, envelope: Envelope) -> GenerationRequest:
             keep_special_tokens=body.skip_special_tokens is False,
         ),
         deadline_s=envelope.deadline_s,
+        tenant=envelope.tenant,
         traceparent=envelope.traceparent,
     )
 
@@ -87,6 +94,7 @@ def completion_requests(body: CompletionBody, envelope: Envelope) -> list[Genera
             stops=_stops(body, limit),
             output=output,
             deadline_s=envelope.deadline_s,
+            tenant=envelope.tenant,
             traceparent=envelope.traceparent,
         )
         for index, prompt in enumerate(prompts)

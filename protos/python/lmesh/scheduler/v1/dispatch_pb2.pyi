@@ -821,6 +821,7 @@ class DescribeRequestResponse(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     state: _builtins.str
@@ -839,6 +840,8 @@ class DescribeRequestResponse(_message.Message):
     """From the prefix cache."""
     durable: _builtins.bool
     """The journal has confirmed this state."""
+    tenant: _builtins.str
+    """Whose it is; gateways show it to nobody else."""
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Events in order."""
@@ -856,10 +859,11 @@ class DescribeRequestResponse(_message.Message):
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         durable: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "durable", b"durable", "failure_reason", b"failure_reason", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "timeline", b"timeline", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "durable", b"durable", "failure_reason", b"failure_reason", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "timeline", b"timeline", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
