@@ -23,14 +23,14 @@ def placed(bench: Bench) -> list[Request]:
 class TestShares:
     @pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
     def test_tokens_follow_the_weights_while_both_wait(self, weight: float, share: float) -> None:
-        """A's requests are long, B's short and many: it is tokens that are shared, not turns. A step is a token each."""
+        """A's requests are long, B's short and many: tokens are shared, not turns. A step is a token each."""
         bench = Bench(tenants=tenants(a=1.0, b=weight))
         gateway, rng = bench.gateway(), random.Random(7)
         bench.worker(max_seqs=8)
-        for i in range(100):
-            bench.submit(gateway, f"a{i}", tenant="a", prompt_ids=range(20), max_tokens=400)
         for i in range(600):
             bench.submit(gateway, f"b{i}", tenant="b", prompt_ids=range(5), max_tokens=60)
+            if i < 100:
+                bench.submit(gateway, f"a{i}", tenant="a", prompt_ids=range(20), max_tokens=400)
         left, spent = dict[str, int](), {"a": 0, "b": 0}
         while bench.core.placements.waiting_of("a") and bench.core.placements.waiting_of("b"):
             for one in placed(bench):
