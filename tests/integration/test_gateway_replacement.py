@@ -141,7 +141,7 @@ class TestRevoked:
 class TestLegsLost:
     async def test_worker_that_cannot_be_reached(self, served: ServedText, other: ScriptedWorker) -> None:
         async with opened(served, run_resume_grace_s=0.3) as scene:
-            call, record, running = await begun(scene, [5], sampling=pb.SamplingParams(n=1))
+            call, record, _running = await begun(scene, [5], sampling=pb.SamplingParams(n=1))
             lease = record.lease
             await scene.worker.close()
             told = await lost(scene)

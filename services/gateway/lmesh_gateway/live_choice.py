@@ -46,7 +46,7 @@ class LiveChoice:
         return piece
 
     def prompt_logprobs(self, output: SequenceOutput) -> LogprobColumns | None:
-        """The prompt's log-probabilities, once, when they are whole; they come in parts when the prompt was computed so."""
+        """The prompt's log-probabilities, once, when they are whole; a prompt computed in parts gives them so."""
         if not self._scores_prompt or self.prompt_scored:
             return None
         if output.prompt_logprobs is not None:
