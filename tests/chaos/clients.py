@@ -140,6 +140,9 @@ class Client:
         self.note(f"{self.spec.request_id} stream {self.streams}: {reason}")
         if reason == "INTERNAL" or reason == "WORKER_FAILED":
             self.fail(f"{self.spec.request_id} was told {reason}: {error.message}")
+        if reason == "DUPLICATE_REQUEST_ID" and self.resumes and self.streams > 1:
+            self.accepted = True  # an earlier stream of its own broke before it could say so
+            reason = "NO_WORKER"
         again = broken or reason in TRY_AGAIN
         if again and (self.resumes or not self.accepted):
             await asyncio.sleep(0.3)

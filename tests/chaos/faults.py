@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.chaos.nodes import Mesh, Node, WorkerNode
+from tests.chaos.nodes import Mesh, Node
 from tests.chaos.wires import Weather
 
 Strike = Callable[[Mesh, random.Random], str]
@@ -41,6 +41,12 @@ def _pause(nodes: Callable[[Mesh], list[Node]]) -> Strike:
         return f"pause {node.name} for {seconds:.1f} s"
 
     return strike
+
+
+def _replaced(mesh: Mesh, rng: random.Random) -> str:
+    old, seconds = mesh.scheduler.replace(), rng.uniform(0.5, 10.0)
+    mesh.net.at(mesh.loop.now + seconds, lambda: mesh.loop.resume(old))
+    return f"{old} is replaced, and wakes after {seconds:.1f} s"
 
 
 def _drain(mesh: Mesh, rng: random.Random) -> str:
@@ -114,10 +120,6 @@ def _scheduler(mesh: Mesh) -> list[Node]:
     return [mesh.scheduler]
 
 
-def _engines(node: Node) -> WorkerNode | None:
-    return node if isinstance(node, WorkerNode) else None
-
-
 KINDS: dict[str, tuple[int, Strike]] = {
     "worker killed": (4, _kill(_workers)),
     "worker paused": (2, _pause(_workers)),
@@ -126,6 +128,7 @@ KINDS: dict[str, tuple[int, Strike]] = {
     "engine stopped": (2, _engine_stops),
     "scheduler killed": (4, _kill(_scheduler)),
     "scheduler paused": (2, _pause(_scheduler)),
+    "scheduler replaced": (1, _replaced),
     "gateway killed": (3, _kill(_gateways)),
     "gateway paused": (1, _pause(_gateways)),
     "link broken": (5, _break),

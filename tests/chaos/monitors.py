@@ -10,6 +10,8 @@ from unittest import mock
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
+from lmesh_worker.run_sessions import RunSessions, StartOrder
+from lmesh_worker.session import Session
 
 from tests.chaos.nodes import Mesh
 from tests.chaos.oracle import Spec, token
@@ -21,7 +23,7 @@ class Monitor:
     def __init__(self, specs: dict[str, Spec], fail: Callable[[str], None]) -> None:
         self._specs, self._fail = specs, fail
         self._states: dict[tuple[int, str], tuple[State, int]] = {}  # (incarnation, request) -> state, lease
-        self._leases: dict[int, str] = {}
+        self._leases: dict[int, tuple[str, str]] = {}  # lease -> request, the worker's epoch
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -32,7 +34,15 @@ class Monitor:
             self._changed(journal._incarnation, request)
             note(journal, request)
 
-        with mock.patch.object(Journal, "note", noted):
+        start = RunSessions.start
+
+        def started(sessions: RunSessions, session: Session, order: StartOrder) -> None:
+            granted = self._leases.get(order.lease)
+            if granted != (order.request_id, sessions._epoch):
+                self._fail(f"{order.request_id} runs in {sessions._epoch} under {order.lease}, which is for {granted}")
+            start(sessions, session, order)
+
+        with mock.patch.object(Journal, "note", noted), mock.patch.object(RunSessions, "start", started):
             yield
 
     def _changed(self, incarnation: int, request: Request) -> None:
@@ -43,9 +53,10 @@ class Monitor:
             self._fail(f"{request.id} went from {before} to {request.state}: it ended twice")
         if request.state not in (State.PLACED, State.RUNNING):
             return
-        owner = self._leases.setdefault(request.lease, request.id)
-        if owner != request.id or not request.lease:
-            self._fail(f"lease {request.lease} was given to {owner} and to {request.id}")
+        mine = (request.id, request.epoch)
+        owner = self._leases.setdefault(request.lease, mine)
+        if owner != mine or not request.lease:
+            self._fail(f"lease {request.lease} was given to {owner} and to {mine}")
         if before in (State.PLACED, State.RUNNING) and before_lease != request.lease:
             self._fail(f"{request.id} has lease {request.lease} while {before_lease} was not taken back")
 

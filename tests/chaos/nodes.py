@@ -31,7 +31,7 @@ from redis.exceptions import RedisError
 
 from tests.chaos.oracle import MODEL, TOKENIZER
 from tests.chaos.rpc import SimChannel, SimServer
-from tests.chaos.sim_engine import SimEngine
+from tests.chaos.sim_engine import FAST_STEP_S, SLOW_STEP_S, SimEngine
 from tests.chaos.sim_redis import SimRedis, SimStore
 from tests.chaos.virtual_loop import Process, VirtualLoop
 from tests.chaos.wires import Net
@@ -81,8 +81,9 @@ class Node:
         except Exception as error:  # noqa: BLE001 - a fault of the mesh, to be found
             self.mesh.loop.failures.append(f"{process} ended by {error!r}")
         self.mesh.note(f"{process} exits")
-        self.kill()
-        self.mesh.restart(self)
+        if process is self.process:
+            self.kill()
+            self.mesh.restart(self)
 
     async def main(self, shutdown: Shutdown) -> None:
         """One boot."""
@@ -92,6 +93,16 @@ class Node:
         """SIGKILL."""
         self.process.alive = False
         self.mesh.net.died(self.process)
+
+    def replace(self) -> Process:
+        """Its host is given up: a new boot begins, and the old one, unreachable and stopped, does not know."""
+        old = self.process
+        old.paused = True
+        self.mesh.net.died(old)
+        self.process = Process(self.name, self._boots)
+        self.process.alive = False
+        self.boot()
+        return old
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -134,14 +145,15 @@ class WorkerNode(Node):
     def __init__(self, mesh: Mesh, name: str, rng: random.Random) -> None:
         super().__init__(mesh, name)
         self._rng = rng
+        self._pace = rng.choice((FAST_STEP_S, FAST_STEP_S, SLOW_STEP_S))
         self.engine: SimEngine | None = None
 
     async def main(self, shutdown: Shutdown) -> None:
         process = Process(f"{self.name}.engine", self._boots)
-        self.engine = SimEngine(self.mesh.loop, process, self._rng, self.mesh.on_start)
+        self.engine = SimEngine(self.mesh.loop, process, self._rng, self._pace, self.mesh.on_start)
         settings = WorkerSettings(
-            address=f"{self.name}:{self._boots}",
-            advertise=f"{self.name}:{self._boots}",
+            address=f"{self.name}:1",
+            advertise=f"{self.name}:1",
             scheduler=SCHEDULER,
             id=self.name,
             model="sim:m",

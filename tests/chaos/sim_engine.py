@@ -14,7 +14,9 @@ from tests.chaos.oracle import VOCAB, token
 from tests.chaos.virtual_loop import Process, VirtualLoop
 
 MAX_SEQS = 4
-STEP_S = (0.01, 0.06)
+Pace = tuple[float, float]  # least and most seconds of a step
+FAST_STEP_S: Pace = (0.01, 0.06)
+SLOW_STEP_S: Pace = (0.2, 1.2)
 DIED = object()
 
 
@@ -42,9 +44,14 @@ class SimEngine:
     """In place of EngineClient and the process behind it. `on_start` looks at every sequence that begins."""
 
     def __init__(
-        self, loop: VirtualLoop, process: Process, rng: random.Random, on_start: Callable[[m.Start], None]
+        self,
+        loop: VirtualLoop,
+        process: Process,
+        rng: random.Random,
+        pace: Pace,
+        on_start: Callable[[m.Start], None],
     ) -> None:
-        self.process = process
+        self.process, self._pace = process, pace
         self._loop, self._rng, self._on_start = loop, rng, on_start
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue()
         self._reports: asyncio.Queue[object] = asyncio.Queue()
@@ -94,7 +101,7 @@ class SimEngine:
             while not self._commands.empty():
                 self._take(self._commands.get_nowait())
             if self.sequences:
-                await asyncio.sleep(self._rng.uniform(*STEP_S))
+                await asyncio.sleep(self._rng.uniform(*self._pace))
                 self._step()
 
     def _take(self, command: m.Command) -> None:

@@ -71,6 +71,17 @@ class Soaked:
         if outcome.violations:
             self.bad.append(outcome)
 
+    def summary(self) -> str:
+        """For people."""
+        return "\n".join(
+            [
+                f"{self.seeds} seeds in {self.seconds:.1f} s, {60 * self.seeds / self.seconds:.0f} a minute",
+                f"{self.virtual_s:.0f} virtual seconds, {self.steps} steps, {self.streams} client streams",
+                f"outcomes {dict(self.outcomes.most_common())}",
+                f"faults {dict(self.faults.most_common())}",
+            ]
+        )
+
 
 def soak(*, seconds: float, seeds: int, first: int, shape: Shape, most_bad: int = 5) -> Soaked:
     """Runs seeds from `first` on for so long or so many, and until so many were bad."""
@@ -110,10 +121,7 @@ def main() -> None:
     )
     for outcome in soaked.bad:
         print(outcome.told(), end="\n\n")
-    print(f"{soaked.seeds} seeds in {soaked.seconds:.1f} s, {60 * soaked.seeds / soaked.seconds:.0f} a minute")
-    print(f"{soaked.virtual_s:.0f} virtual seconds, {soaked.steps} steps, {soaked.streams} client streams")
-    print(f"outcomes {dict(soaked.outcomes.most_common())}")
-    print(f"faults {dict(soaked.faults.most_common())}")
+    print(soaked.summary())
     raise SystemExit(1 if soaked.bad else 0)
 
 
