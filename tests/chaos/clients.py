@@ -129,10 +129,12 @@ class Client:
         except grpc.aio.AioRpcError as error:
             await self._after(from_rpc_error(error), resumed)
         except asyncio.CancelledError:
-            if self._call.cancelled() and not self.done:
-                await asyncio.sleep(0.5)  # went away, and comes back
-            elif not self._call.cancelled():
+            if not self._call.cancelled():
                 raise
+            if not self.resumes:
+                self._end("left")
+            elif not self.done:
+                await asyncio.sleep(0.5)  # went away, and comes back
 
     async def _after(self, error: Any, resumed: bool) -> None:
         reason = error.reason or error.code.name

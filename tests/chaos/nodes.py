@@ -80,6 +80,8 @@ class Node:
             await self.main(self.shutdown)
         except Exception as error:  # noqa: BLE001 - a fault of the mesh, to be found
             self.mesh.loop.failures.append(f"{process} ended by {error!r}")
+        if self.mesh.loop.disposing:
+            return
         self.mesh.note(f"{process} exits")
         if process is self.process:
             self.kill()

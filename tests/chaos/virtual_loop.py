@@ -45,6 +45,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.now = 0.0
         self.steps = 0
+        self.disposing = False
         self.failures: list[str] = []  # exceptions that nobody took
         self._tasks_made: list[asyncio.Task[Any]] = []
         self.set_task_factory(self._make_task)
@@ -119,6 +120,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def dispose(self) -> None:
         """Ends every task on the spot, without a trace."""
+        self.disposing = True
         for task in self._tasks_made:
             if not task.done():
                 with suppress(BaseException):
