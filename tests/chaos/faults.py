@@ -27,7 +27,7 @@ def _kill(nodes: Callable[[Mesh], list[Node]]) -> Strike:
         if not node.up:
             return f"{node.name} was down already"
         node.kill()
-        mesh.restart(node, rng.choice((rng.uniform(0.05, 1.0), rng.uniform(1.0, 8.0))))
+        mesh.restart(node, rng.choice((rng.uniform(1.0, 2.0), rng.uniform(2.0, 8.0))))
         return f"kill {node.name}"
 
     return strike
