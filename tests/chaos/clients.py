@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,10 +102,9 @@ class Client:
     async def _cancel(self) -> None:
         await asyncio.sleep(self.habit.cancel_s)
         stub = self._stub(self.habit.gateways[-1])
-        try:
+        # It ended before, or the gateway is gone: the stream tells what became of the request.
+        with contextlib.suppress(grpc.aio.AioRpcError):
             await stub.Cancel(pb.CancelRequest(request_id=self.spec.request_id), timeout=5.0)
-        except grpc.aio.AioRpcError:
-            pass  # it ended before, or the gateway is gone: the stream tells what became of the request
 
     def _end(self, outcome: str) -> None:
         self.outcome = self.outcome or outcome

@@ -15,7 +15,6 @@ import lmesh_chassis.server
 import lmesh_gateway.gateway
 import lmesh_gateway.models
 import lmesh_scheduler.service
-import lmesh_worker.worker
 import redis.asyncio
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_gateway.config import GatewaySettings
@@ -79,7 +78,7 @@ class Node:
         self.shutdown = Shutdown()
         try:
             await self.main(self.shutdown)
-        except Exception as error:  # noqa: BLE001 - a fault of the mesh, to be found
+        except Exception as error:
             self.mesh.loop.failures.append(f"{process} ended by {error!r}")
         if self.mesh.loop.disposing:
             return

@@ -67,9 +67,7 @@ class SimCall:
             net.loop.call_later(timeout, self._end, LATE)
 
     def _take(self, item: Item) -> None:
-        if isinstance(item, Status) and item.code is not grpc.StatusCode.OK:
-            self._inbox.put(item)
-        elif self._status is None:
+        if (isinstance(item, Status) and item.code is not grpc.StatusCode.OK) or self._status is None:
             self._inbox.put(item)
 
     def _end(self, status: Status) -> None:
@@ -217,7 +215,7 @@ class ServerCall:
             status = Status(told.code, told.details, tuple(told.trailing_metadata))
         except asyncio.CancelledError:
             status = Status(grpc.StatusCode.UNAVAILABLE, "the server leaves")
-        except Exception as error:  # noqa: BLE001 - a fault of the mesh, to be found
+        except Exception as error:
             self._net.loop.failures.append(f"{self._path}: {error!r}")
             status = Status(grpc.StatusCode.INTERNAL, repr(error))
         finally:

@@ -25,7 +25,7 @@ class SimStore:
         self.client, self._rng = client, rng
         self.away = False
         self.calls = 0
-        client.flushall()
+        self.lose_all()
 
     def lose_all(self) -> None:
         """As after a kill: it keeps nothing on disk, and forgets its scripts."""

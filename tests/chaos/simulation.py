@@ -19,7 +19,7 @@ from tests.chaos import faults
 from tests.chaos.clients import Client, Habit
 from tests.chaos.monitors import Monitor, books, healthy, leftovers
 from tests.chaos.nodes import Mesh, simulated_edges
-from tests.chaos.oracle import LETTERS, LETTER_IDS, Spec
+from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.sim_redis import SimStore
 from tests.chaos.virtual_loop import Process, virtual_time
 from tests.chaos.wires import Net, Status

@@ -15,6 +15,7 @@ from lmesh_chassis.errors import from_rpc_error
 from tests.chaos.real_mesh import MODEL
 
 RETRY_S = 0.2
+_OWN = [("grpc.use_local_subchannel_pool", 1)]
 TIMEOUT_S = 120.0
 # Nothing was decided by these: the connection or the process behind it has gone.
 BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE})
@@ -76,8 +77,8 @@ class Crowd:
         """All of them to their ends; `on_flow` is called in a thread once each stream has given `flow` ids."""
         tasks = [asyncio.create_task(self._one(received)) for received in self.received]
         if on_flow is not None:
-            while any(r.count < flow and not t.done() for r, t in zip(self.received, tasks, strict=True)):
-                await asyncio.sleep(0.002)
+            while any(r.count < flow and not t.done() for r, t in zip(self.received, tasks, strict=True)):  # noqa: ASYNC110
+                await asyncio.sleep(0.002)  # streams have no event for their n-th id
             await asyncio.to_thread(on_flow)
         await asyncio.gather(*tasks)
         return self.received
@@ -88,7 +89,9 @@ class Crowd:
         while not received.finished and not received.error:
             try:
                 # A channel of its own: a connection to one of the gateway's processes, as a client would have.
-                async with grpc.aio.insecure_channel(self._target, options=[("grpc.use_local_subchannel_pool", 1)]) as c:
+                async with grpc.aio.insecure_channel(
+                    self._target, options=[("grpc.use_local_subchannel_pool", 1)]
+                ) as c:
                     stub = inference_pb2_grpc.InferenceServiceStub(c)
                     async for event in self._call(stub, received):
                         now = time.monotonic()
@@ -110,9 +113,7 @@ class Crowd:
         if not received.resumes:
             return stub.Generate(received.request, timeout=TIMEOUT_S)
         cursor = [len(ids) for ids in received.ids]
-        return stub.Resume(
-            pb.ResumeRequest(request_id=received.request.request_id, cursor=cursor), timeout=TIMEOUT_S
-        )
+        return stub.Resume(pb.ResumeRequest(request_id=received.request.request_id, cursor=cursor), timeout=TIMEOUT_S)
 
     def _take(self, received: Received, event: pb.GenerateResponse) -> None:
         kind = event.WhichOneof("event")

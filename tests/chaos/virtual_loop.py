@@ -69,7 +69,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         future = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001 - whatever it raises is the future's
+        except Exception as error:
             future.set_exception(error)
         return future
 
