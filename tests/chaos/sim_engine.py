@@ -14,10 +14,24 @@ from tests.chaos.oracle import VOCAB, token
 from tests.chaos.virtual_loop import Process, VirtualLoop
 
 MAX_SEQS = 4
+MOST_GRANULES = 12
 Pace = tuple[float, float]  # least and most seconds of a step
 FAST_STEP_S: Pace = (0.01, 0.06)
 SLOW_STEP_S: Pace = (0.2, 1.2)
 DIED = object()
+READY = m.Ready(
+    device="sim",
+    max_model_len=512,
+    vocab_size=VOCAB,
+    block_size=16,
+    kv_blocks=64,
+    max_seqs=MAX_SEQS,
+    max_step_tokens=64,
+    weights_version=1,
+    plan={},
+    pid=0,
+    **({"kv_format": "sim", "kv_granule_blocks": 4} if "kv_format" in m.Ready.__struct_fields__ else {}),
+)
 
 
 @dataclass(slots=True)
@@ -56,6 +70,7 @@ class SimEngine:
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue()
         self._reports: asyncio.Queue[object] = asyncio.Queue()
         self.sequences: dict[int, Running] = {}  # by key, in order of arrival
+        self.granules: list[bytes] = []  # of its prefix cache; what they stand for does not matter here
         self._steps = self._generated = self._prompt_tokens = 0
 
     # -- the server's side
@@ -68,10 +83,15 @@ class SimEngine:
         """As the pipe: it holds what a stopped engine does not read."""
         self._commands.put_nowait(command)
 
+    @property
+    def backlog_bytes(self) -> int:
+        """Of the pipe."""
+        return 64 * self._commands.qsize()
+
     async def ready(self, timeout_s: float, on_progress: Callable[[int], None] = lambda progress: None) -> m.Ready:
         """Some time to load."""
         await asyncio.sleep(self._rng.uniform(0.05, 0.5))
-        return m.Ready("sim", 512, VOCAB, 16, 64, MAX_SEQS, 64, 1, {}, 0)
+        return READY
 
     async def reports(self) -> AsyncIterator[m.StepReport | m.ProgressChange]:
         """What the engine says; EngineFailedError when it died."""
@@ -126,6 +146,15 @@ class SimEngine:
                 del self.sequences[key]
         self._report(outputs)
 
+    def _cached(self, sequences: int) -> tuple[bytes, bytes]:
+        """Some granules become findable, and some are evicted."""
+        added = [self._rng.randbytes(16) for _ in range(sequences) if self._rng.random() < 0.3]
+        evicted = [
+            self.granules.pop(0) for _ in range(len(self.granules) + len(added) - MOST_GRANULES) if self.granules
+        ]
+        self.granules += added
+        return b"".join(added), b"".join(evicted)
+
     def _report(self, outputs: list[tuple[int, Running, int, list[int], m.Finish]]) -> None:
         timings = [m.Timing(i, 0, 10, 20, 0) for i, (_, running, *_) in enumerate(outputs) if running.first]
         for _, running, _, ids, _ in outputs:
@@ -142,8 +171,10 @@ class SimEngine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated,
         )
+        added, removed = self._cached(len(outputs))
         self._reports.put_nowait(
             m.StepReport(
+                **({"kv_added": added, "kv_removed": removed} if "kv_added" in m.StepReport.__struct_fields__ else {}),
                 keys=[key for key, *_ in outputs],
                 start_pos=[position for _, _, position, *_ in outputs],
                 n_new=[len(ids) for *_, ids, _ in outputs],
