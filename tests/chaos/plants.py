@@ -5,16 +5,14 @@ A plant takes away one of the checks that hold the mesh together. It names the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from lmesh_gateway import running_leg
 from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.run_session import RunSession
-from lmesh_gateway.running_leg import Sequence
 from lmesh_scheduler.fleet import Fleet, Worker
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_worker.run_sessions import RunSessions
@@ -59,39 +57,6 @@ def _any_epoch(attach: Any) -> Any:
     return lambda self, gateway_id, epoch, after: attach(self, gateway_id, self._epoch, after)
 
 
-def _loses_last(start: Any) -> Any:
-    """A continuation begins one id too early."""
-
-    def patched(plan: Any, leg: Any, choice: Any) -> Any:
-        ids = choice.ids
-        choice.ids = ids[:-1]
-        try:
-            return start(plan, leg, choice)
-        finally:
-            choice.ids = ids
-
-    return patched
-
-
-@contextmanager
-def _short_continuation() -> Iterator[None]:
-    with mock.patch.object(running_leg, "_start", _loses_last(running_leg._start)):
-        yield
-
-
-def _hears_dropped(on_output: Any) -> Any:
-    """What comes under a lease that was dropped is taken all the same."""
-
-    def patched(self: Sequence, output: Any) -> None:
-        held, self._running.dropped = self._running.dropped, False
-        try:
-            on_output(self, output)
-        finally:
-            self._running.dropped = held
-
-    return patched
-
-
 def _keeps_old_boot(join: Any) -> Any:
     """A worker's new boot is taken for the old one gone on: what was placed there is not lost."""
 
@@ -119,24 +84,20 @@ def _any_lease(finished: Any) -> Any:
 
 
 PLANTS: dict[str, Plant] = {
+    "a worker's room is not given back": Plant(_no(Worker, "take_back"), Shape(faults=0), seeds=3),
     "a worker takes whoever asks for an earlier boot": Plant(
         _wrapped(RunSessions, "attach", _any_epoch), Shape(kinds=WORKERS, faults=6)
     ),
     "a scheduler does not see that a worker was born again": Plant(
         _wrapped(Fleet, "join", _keeps_old_boot), Shape(kinds=WORKERS, faults=6)
     ),
-    "a lost leg is not told": Plant(_no(DispatchSession, "_say_lost"), Shape(kinds=WORKERS | LINKS, faults=6)),
-    "what runs is not announced to a new scheduler": Plant(
-        _no(DispatchSession, "_announce"), Shape(kinds=SCHEDULERS, faults=3)
-    ),
     "a report that a break swallowed is not said again": Plant(
-        _wrapped(DispatchSession, "broken", _forgets_reports), Shape(kinds=LINKS, faults=8)
+        _wrapped(DispatchSession, "broken", _forgets_reports), Shape(kinds=LINKS, faults=12, slow=True)
     ),
     "a step that was sent again is taken again": Plant(
-        _wrapped(RunSession, "take", _takes_repeats), Shape(kinds=LINKS, faults=8)
+        _wrapped(RunSession, "take", _takes_repeats), Shape(kinds=LINKS, faults=12, slow=True)
     ),
-    "a continuation begins one id too early": Plant(_short_continuation, Shape(kinds=WORKERS, faults=4)),
     "a report under an earlier lease is taken": Plant(
-        _wrapped(Scheduler, "finished", _any_lease), Shape(kinds=WORKERS | LINKS, faults=8)
+        _wrapped(Scheduler, "finished", _any_lease), Shape(kinds=WORKERS | LINKS, faults=12, slow=True)
     ),
 }

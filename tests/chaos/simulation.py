@@ -22,7 +22,7 @@ from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.sim_redis import SimStore
 from tests.chaos.virtual_loop import Process, virtual_time
-from tests.chaos.wires import Net, Status
+from tests.chaos.wires import Net, Status, Weather
 
 RESUMES = "Resume" in vars(InferenceServicer)
 REPLACES = "max_placements" in SchedulerSettings.__dataclass_fields__
@@ -40,6 +40,7 @@ class Shape:
     busy_s: float = 10.0  # clients and faults begin within this time
     kinds: frozenset[str] | None = None
     max_tokens: int = 40
+    slow: bool = False  # messages are often long under way, so that much is lost where a link breaks
 
 
 @dataclass
@@ -91,6 +92,8 @@ class Simulation:
     def _live(self) -> None:
         shape, loop = self._shape, self._loop
         self._mesh.boot()
+        if shape.slow:
+            self._net.weather = Weather(slow_share=0.5, slow_s=1.0)
         people = Process("clients", 1)
         for client in self._clients:
             loop.spawn(people, client.run())
