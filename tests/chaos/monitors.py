@@ -99,7 +99,10 @@ def leftovers(mesh: Mesh) -> Iterator[str]:
     for worker in core.fleet.workers():
         if worker.placements or worker.placed:
             yield f"the scheduler counts {worker.placed} on {worker.hello.worker_id}: {worker.placements}"
+    gateways = {gateway.part.gateway_id for gateway in mesh.gateways}
     for node in mesh.workers:
+        if gone := node.part.sessions._sessions.keys() - gateways:
+            yield f"{node.name} keeps sessions of {len(gone)} gateways that are gone"
         if node.part.sessions.live:
             yield f"{node.name} holds {node.part.sessions.live} sequences"
         assert node.engine is not None

@@ -13,7 +13,7 @@ from unittest import mock
 
 from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.run_session import RunSession
-from lmesh_scheduler.fleet import Fleet, Worker
+from lmesh_scheduler.fleet import Worker
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_worker.run_sessions import RunSessions
 
@@ -45,34 +45,8 @@ def _wrapped(cls: type, name: str, make: Callable[[Any], Any]) -> Callable[[], A
     return lambda: mock.patch.object(cls, name, make(getattr(cls, name)))
 
 
-def _takes_repeats(take: Any) -> Any:
-    def patched(self: RunSession, step_seq: int, entries: Any) -> bool:
-        self.last_seq = min(self.last_seq, step_seq - 1)
-        return bool(take(self, step_seq, entries))
-
-    return patched
-
-
 def _any_epoch(attach: Any) -> Any:
     return lambda self, gateway_id, epoch, after: attach(self, gateway_id, self._epoch, after)
-
-
-def _keeps_old_boot(join: Any) -> Any:
-    """A worker's new boot is taken for the old one gone on: what was placed there is not lost."""
-
-    def patched(self: Fleet, hello: Any) -> tuple[Worker, Worker | None]:
-        worker, _ = join(self, hello)
-        return worker, None
-
-    return patched
-
-
-def _forgets_reports(broken: Any) -> Any:
-    def patched(self: DispatchSession) -> None:
-        self._writing.finished.clear()
-        broken(self)
-
-    return patched
 
 
 def _any_lease(finished: Any) -> Any:
@@ -83,19 +57,34 @@ def _any_lease(finished: Any) -> Any:
     return patched
 
 
+def _never_expires(detach: Any) -> Any:
+    def patched(self: RunSessions, session: Any, stream: Any) -> None:
+        detach(self, session, stream)
+        if session.expiry is not None:
+            session.expiry.cancel()
+
+    return patched
+
+
 PLANTS: dict[str, Plant] = {
     "a worker's room is not given back": Plant(_no(Worker, "take_back"), Shape(faults=0), seeds=3),
     "a worker takes whoever asks for an earlier boot": Plant(
         _wrapped(RunSessions, "attach", _any_epoch), Shape(kinds=WORKERS, faults=6)
     ),
-    "a scheduler does not see that a worker was born again": Plant(
-        _wrapped(Fleet, "join", _keeps_old_boot), Shape(kinds=WORKERS, faults=6)
+    "a worker keeps a lost gateway's sequences for good": Plant(
+        _wrapped(RunSessions, "detach", _never_expires), Shape(kinds=frozenset({"gateway killed"}), faults=3)
+    ),
+    "a start that a break swallowed is not said again": Plant(
+        _no(RunSession, "connected"), Shape(kinds=LINKS, faults=12, slow=True)
     ),
     "a report that a break swallowed is not said again": Plant(
-        _wrapped(DispatchSession, "broken", _forgets_reports), Shape(kinds=LINKS, faults=12, slow=True)
+        _no(DispatchSession, "_report_again"), Shape(kinds=LINKS, faults=12, slow=True)
     ),
-    "a step that was sent again is taken again": Plant(
-        _wrapped(RunSession, "take", _takes_repeats), Shape(kinds=LINKS, faults=12, slow=True)
+    "a gateway that comes back is not told where its requests stand": Plant(
+        _no(Scheduler, "_standing"), Shape(kinds=LINKS, faults=12, slow=True)
+    ),
+    "a lost gateway's requests are kept": Plant(
+        _no(Scheduler, "_drop_requests_of"), Shape(kinds=frozenset({"gateway killed"}), faults=3)
     ),
     "a report under an earlier lease is taken": Plant(
         _wrapped(Scheduler, "finished", _any_lease), Shape(kinds=WORKERS | LINKS, faults=12, slow=True)

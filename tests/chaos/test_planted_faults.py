@@ -24,8 +24,10 @@ def client() -> Iterator[redis.Redis]:
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_found(client: redis.Redis, name: str) -> None:
     plant = PLANTS[name]
-    with plant.apply():
-        tried = (simulate(seed, client, plant.shape) for seed in range(plant.seeds))
-        found = next((outcome for outcome in tried if outcome.violations), None)
-    assert found is not None, f"{name}: not found in {plant.seeds} lives"
-    print(f"{name}: found in life {found.seed}: {found.violations[0]}")
+    for seed in range(plant.seeds):
+        with plant.apply():
+            found = simulate(seed, client, plant.shape).violations
+        if found and not simulate(seed, client, plant.shape).violations:  # it is the plant that was found
+            print(f"{name}: found in life {seed}: {found[0]}")
+            return
+    pytest.fail(f"{name}: not found in {plant.seeds} lives")
