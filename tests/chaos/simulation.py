@@ -20,6 +20,7 @@ from tests.chaos.clients import Client, Habit
 from tests.chaos.monitors import Monitor, books, healthy, leftovers
 from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
+from tests.chaos.owed import broken_promise
 from tests.chaos.sim_redis import SimStore
 from tests.chaos.virtual_loop import Process, virtual_time
 from tests.chaos.wires import Net, Status, Weather
@@ -132,6 +133,8 @@ class Simulation:
             if not self._go_on_to(self._loop.now + 1.0):
                 return
             if not self._unrest():
+                promises = (broken_promise(c, self.outcome.faults, replaces=REPLACES) for c in self._clients)
+                self.outcome.violations += [promise for promise in promises if promise is not None]
                 return
         self.outcome.violations += [f"not at rest: {what}" for what in self._unrest()]
 
