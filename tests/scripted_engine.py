@@ -1,8 +1,10 @@
 """A stand-in for the engine process: speaks the worker's pipe, and does what a request's id says.
 
 `count...` continues with last id + 1, one id a step; `flood...` gives 4096 ids a step without end; `stall...` never
-gives anything; `die...` ends the process; `hold...` gives one id and then waits for the abort. Source `broken` sends
-Fatal instead of Ready; source `slow` never gets ready.
+gives anything; `die...` ends the process; `hold...` gives one id and then waits for the abort; `compile...` compiles
+until its abort; `score...` gives its prompt's log-probabilities with its first id. `kv+...` makes a granule findable
+for each id that it gives, whose hash is that id; `kv-...` evicts them. Source `broken` sends Fatal instead of Ready;
+source `slow` never gets ready.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from lmesh_worker import messages as m
 
 FLOOD_IDS = 4096
 VOCAB = 1000
-READY = m.Ready("scripted", 512, VOCAB, 16, 64, 32, 512, 1, {"weights": 1}, os.getpid())
+READY = m.Ready("scripted", 512, VOCAB, 16, 64, 32, 512, 1, {"weights": 1}, os.getpid(), "float32/16/nhd", 4)
 
 
 class Pipe:
@@ -72,7 +74,7 @@ class Sequence:
     @property
     def produces(self) -> bool:
         kind = self.start.request_id
-        return not kind.startswith("stall") and (self.first or not kind.startswith("hold"))
+        return not kind.startswith(("stall", "compile")) and (self.first or not kind.startswith("hold"))
 
     def step(self) -> tuple[list[int], m.Finish]:
         count = FLOOD_IDS if self.start.request_id.startswith("flood") else 1
@@ -95,10 +97,14 @@ class ScriptedEngine:
         if isinstance(command, m.Start):
             if command.request_id.startswith("die"):
                 os._exit(3)
+            if command.request_id.startswith("compile"):
+                self.pipe.send(m.ProgressChange(m.Progress.COMPILING))
             self.running[command.key] = Sequence(command)
             self.prompt_tokens += command.prompt_len
         elif isinstance(command, m.Abort):
-            self.running.pop(command.key, None)
+            gone = self.running.pop(command.key, None)
+            if gone is not None and gone.start.request_id.startswith("compile"):
+                self.pipe.send(m.ProgressChange(m.Progress.OK))
             self.pipe.send(self.report([], []))
         return not isinstance(command, m.Shutdown)
 
@@ -112,6 +118,7 @@ class ScriptedEngine:
             for i, (_, s, _, new, _) in enumerate(outputs)
             if s.start.params.logprobs >= 0
         ]
+        logprobs += [prompt_scores(i, s.start) for i, (_, s, *_) in enumerate(outputs) if s.first and scores(s)]
         for key, sequence, _, new, finish in outputs:
             sequence.first = False
             self.generated += len(new)
@@ -142,6 +149,8 @@ class ScriptedEngine:
             step_us=1000,
             logprobs=list(logprobs),
             timings=timings,
+            kv_added=granules(outputs, "kv+"),
+            kv_removed=granules(outputs, "kv-"),
         )
 
     def run(self) -> None:
@@ -158,6 +167,25 @@ class ScriptedEngine:
             if any(sequence.produces for sequence in self.running.values()):
                 self.step()
                 time.sleep(0.001)  # a step takes time
+
+
+def scores(sequence: Sequence) -> bool:
+    return sequence.start.request_id.startswith("score")
+
+
+def prompt_scores(entry: int, start: m.Start) -> m.Logprobs:
+    """Position p, counted from 1, has the score -p, and the alternatives 0, 1, 2 ... with the scores -p, -p - 1 ..."""
+    k, places = start.params.prompt_logprobs, range(1, start.prompt_len)
+    top_ids = list(range(k)) * len(places)
+    return m.Logprobs(
+        entry, True, [float(-p) for p in places], k, top_ids, [float(-p - i) for p in places for i in range(k)]
+    )
+
+
+def granules(outputs: list[tuple], kind: str) -> bytes:
+    """Hashes end to end."""
+    ids = [i for _, s, _, new, _ in outputs if s.start.request_id.startswith(kind) for i in new]
+    return b"".join(i.to_bytes(16, "little") for i in ids)
 
 
 def main() -> None:

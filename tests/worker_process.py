@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -67,7 +68,11 @@ class FakeScheduler(fleet_pb2_grpc.FleetServiceServicer):
 
     @property
     def heartbeat(self) -> fleet_pb2.Heartbeat:
-        return self.requests[-1].heartbeat
+        return next(r.heartbeat for r in reversed(self.requests) if r.HasField("heartbeat"))
+
+    @property
+    def deltas(self) -> list[fleet_pb2.KvDelta]:
+        return [r.kv for r in self.requests if r.HasField("kv")]
 
 
 @dataclass
@@ -212,3 +217,37 @@ async def running_worker(source: str = "normal", *, wait: bool = True, **setting
         shutdown.request()
         await asyncio.wait_for(done, 30)
         await control.drain(0)
+
+
+@asynccontextmanager
+async def worker_process(
+    model: Path, **settings: str
+) -> AsyncIterator[tuple[FakeScheduler, asyncio.subprocess.Process]]:
+    scheduler = FakeScheduler()
+    control = GrpcServer("127.0.0.1:0", domain="lmesh.scheduler")
+    control.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, scheduler, "lmesh.scheduler.v1.FleetService")
+    port = await control.start()
+    variables = {
+        "model": str(model),
+        "model_id": "tiny",
+        "device": "cpu",
+        "threads": "1",
+        "kv_blocks": "64",
+        **settings,
+    }
+    variables["scheduler"] = f"127.0.0.1:{port}"
+    env = {**os.environ, **{f"LMESH_WORKER_{name.upper()}": value for name, value in variables.items()}}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "lmesh_worker", env=env, stderr=-1)
+    try:
+        yield scheduler, process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        await control.drain(0)
+
+
+def child_of(pid: int) -> int:
+    """The only child process of `pid`."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)

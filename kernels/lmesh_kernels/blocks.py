@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 HASH_BYTES = 16
+_GRANULE_TOKENS = 64  # of the prefix index: a message and a look-up a block would be too many
 _LENGTH = struct.Struct("<Q")
 
 
@@ -58,3 +59,13 @@ def prefix_hashes(root: bytes, ids: Sequence[int], block_size: int) -> list[byte
         parent = block_hash(parent, ids[begin : begin + block_size])
         hashes.append(parent)
     return hashes
+
+
+def granule_blocks(block_size: int) -> int:
+    """Blocks of one granule of the prefix index: 64 tokens, or as near below as blocks allow, at least one block."""
+    return max(1, _GRANULE_TOKENS // block_size)
+
+
+def granule_hashes(root: bytes, ids: Sequence[int], *, block_size: int, granule: int) -> list[bytes]:
+    """Hashes of the full granules of `ids`, `granule` blocks each; a granule's hash is that of its last block."""
+    return prefix_hashes(root, ids, block_size)[granule - 1 :: granule]

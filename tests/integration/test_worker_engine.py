@@ -6,23 +6,18 @@ import asyncio
 import json
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from lmesh.scheduler.v1 import fleet_pb2_grpc
 from lmesh.worker.v1 import run_pb2_grpc
 from lmesh_chassis.channel import connect
-from lmesh_chassis.server import GrpcServer
 from lmesh_kernels.text.digests import model_digest, text_digest
 from lmesh_kernels.text.resolve import resolve
 from transformers import LlamaForCausalLM
 
 from tests.tiny_model import save_tiny_llama
-from tests.worker_process import ABORTED, LENGTH, FakeScheduler, Gateway, start, until
+from tests.worker_process import ABORTED, LENGTH, Gateway, child_of, start, until, worker_process
 
 
 @pytest.fixture(scope="module")
@@ -37,34 +32,6 @@ def greedy(model: Path, ids: list[int], count: int) -> list[int]:
         for _ in range(count):
             ids = [*ids, int(network(torch.tensor([ids])).logits[0, -1].argmax())]
     return ids[-count:]
-
-
-@asynccontextmanager
-async def worker_process(
-    model: Path, **settings: str
-) -> AsyncIterator[tuple[FakeScheduler, asyncio.subprocess.Process]]:
-    scheduler = FakeScheduler()
-    control = GrpcServer("127.0.0.1:0", domain="lmesh.scheduler")
-    control.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, scheduler, "lmesh.scheduler.v1.FleetService")
-    port = await control.start()
-    variables = {
-        "model": str(model),
-        "model_id": "tiny",
-        "device": "cpu",
-        "threads": "1",
-        "kv_blocks": "64",
-        **settings,
-    }
-    variables["scheduler"] = f"127.0.0.1:{port}"
-    env = {**os.environ, **{f"LMESH_WORKER_{name.upper()}": value for name, value in variables.items()}}
-    process = await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "lmesh_worker", env=env, stderr=-1)
-    try:
-        yield scheduler, process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-        await control.drain(0)
 
 
 async def test_real_tokens_abort_and_drain(model: Path) -> None:
@@ -119,12 +86,6 @@ async def test_the_death_of_the_real_engine(model: Path) -> None:
             assert gateway.received[1, 101].reason == "ENGINE_DIED"
             assert await gateway.read() is None
         assert await asyncio.wait_for(process.wait(), 60) == 1
-
-
-def child_of(pid: int) -> int:
-    """The only child process of `pid`."""
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
 
 
 async def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

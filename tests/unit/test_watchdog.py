@@ -51,6 +51,21 @@ def test_a_committed_step_renews_it_and_a_report_without_one_does_not(clock: Clo
     assert watchdog.verdict(live=1) == Verdict.OK
 
 
+def test_a_stuck_engine_is_not_well_before_it_is_heard_of(clock: Clock, watchdog: Watchdog) -> None:
+    """Taking its work away, as the scheduler does, mends nothing; new work would be lost as well."""
+    watchdog.verdict(live=1)
+    clock.now += 11
+    assert watchdog.verdict(live=1) == Verdict.STUCK
+    assert watchdog.verdict(live=0) == Verdict.STUCK
+    clock.now += 1e6
+    assert watchdog.verdict(live=0) == Verdict.STUCK
+    assert watchdog.verdict(live=1) == Verdict.STUCK
+    watchdog.verdict(live=0)
+    watchdog.step(0)  # it answers the aborts
+    assert watchdog.verdict(live=0) == Verdict.OK
+    assert watchdog.verdict(live=1) == Verdict.OK
+
+
 def test_compiling_has_a_bound_of_its_own(clock: Clock, watchdog: Watchdog) -> None:
     watchdog.verdict(live=1)
     watchdog.progress(Progress.COMPILING)

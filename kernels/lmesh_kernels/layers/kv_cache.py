@@ -11,6 +11,8 @@ from lmesh_kernels.models.config import ModelConfig
 class KVCache:
     """Keys and values of every layer, [layers, 2, num_blocks, block_size, kv_heads, head_dim]."""
 
+    LAYOUT = "nhd"  # of a layer's keys or values in a block: place, head, element; part of the block hashes' root
+
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -36,6 +36,7 @@ class WorkerSettings(ChassisSettings):
     run_grace_s: float = 10.0  # how long a gateway whose stream broke may come back to its sequences
     max_unacked_steps: int = 16384  # a gateway further behind than this is dropped as too slow
     max_unacked_bytes: int = 64 * 2**20
+    max_engine_backlog_bytes: int = 64 * 2**20  # starts that wait for an engine that does not read; beyond, aborted
     step_bound_s: float = 60.0  # work waits and no step was committed for this long: stuck
     compile_bound_s: float = 900.0  # the same while the engine says that it compiles
     engine_start_timeout_s: float = 900.0
@@ -46,8 +47,9 @@ class WorkerSettings(ChassisSettings):
         for name in ("max_seqs", "max_step_tokens", "kv_blocks", "kv_cache_bytes", "max_model_len", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (planned) or more")
-        if self.block_size < 1 or self.max_unacked_steps < 1 or self.max_unacked_bytes < 1:
-            raise ValueError("block_size, max_unacked_steps and max_unacked_bytes must be at least 1")
+        for name in ("block_size", "max_unacked_steps", "max_unacked_bytes", "max_engine_backlog_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
         if self.pipeline_depth not in (-1, 0, 1):
             raise ValueError("pipeline_depth must be 0, 1 or -1 (the platform chooses)")
         if not 0 <= self.memory_fraction <= 1:

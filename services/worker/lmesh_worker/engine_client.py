@@ -84,6 +84,11 @@ class EngineClient:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(command))
 
+    @property
+    def backlog_bytes(self) -> int:
+        """Commands that wait here because the pipe is full: the engine does not read."""
+        return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
+
     async def ready(self, timeout_s: float, on_progress: Callable[[int], None] = lambda progress: None) -> Ready:
         """Waits until the engine has loaded its model; EngineFailedError when it cannot."""
         try:
@@ -124,9 +129,6 @@ class EngineClient:
     async def stop(self, timeout_s: float) -> None:
         """Asks the engine to leave, kills it if it does not, and reaps it."""
         self.send(Shutdown())
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                await self._writer.drain()
         if await self._wait(timeout_s) is None:
             self.kill()
         if self._writer is not None:

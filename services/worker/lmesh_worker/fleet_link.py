@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import grpc
@@ -14,6 +14,7 @@ from lmesh_chassis.backoff import Backoff
 from lmesh_chassis.errors import RemoteError
 from lmesh_chassis.links import Link
 
+from lmesh_worker.kv_feed import KvFeed
 from lmesh_worker.messages import Load, Ready
 from lmesh_worker.watchdog import Verdict
 
@@ -38,7 +39,9 @@ class Identity:
 class FleetLink:
     """Keeps the worker known to its scheduler for as long as `run` runs.
 
-    `load()` and `verdict()` are asked at each heartbeat; `on_drain` is called when the scheduler wants it gone.
+    `load()` and `verdict()` are asked at each heartbeat, `held()`, (request id, lease) and sequences of what runs, at
+    each hello; `kv` says what the prefix cache holds. `on_drain` is called when the scheduler wants this worker gone,
+    `on_revoked` with leases that are to be dropped.
     """
 
     def __init__(
@@ -49,14 +52,20 @@ class FleetLink:
         *,
         load: Callable[[], Load],
         verdict: Callable[[], Verdict],
+        held: Callable[[], dict[tuple[str, int], int]],
+        kv: KvFeed,
         on_drain: Callable[[], None],
+        on_revoked: Callable[[Collection[int]], None],
         backoff: Backoff | None = None,
     ) -> None:
         self._identity = identity
         self._ready = ready
         self._load = load
         self._verdict = verdict
+        self._held = held
+        self._kv = kv
         self._on_drain = on_drain
+        self._on_revoked = on_revoked
         self._draining = False
         self._told_draining = asyncio.Event()
         self._due = False
@@ -73,6 +82,7 @@ class FleetLink:
             on_broken=self._on_broken,
             backoff=backoff,
         )
+        kv.on_due = self._link.wake
 
     @property
     def connected(self) -> bool:
@@ -86,6 +96,7 @@ class FleetLink:
             await self._link.run()
         finally:
             beats.cancel()
+            self._kv.close()
             await asyncio.gather(beats, return_exceptions=True)
 
     def report_now(self) -> None:
@@ -122,6 +133,9 @@ class FleetLink:
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             block_size=ready.block_size,
+            weights_version=ready.weights_version,
+            kv_format=ready.kv_format,
+            kv_granule_blocks=ready.kv_granule_blocks,
         )
         capacity = fleet_pb2.Capacity(
             max_seqs=ready.max_seqs, max_step_tokens=ready.max_step_tokens, kv_blocks=ready.kv_blocks
@@ -133,19 +147,31 @@ class FleetLink:
             model=model,
             capacity=capacity,
             device=ready.device,
+            held=[
+                fleet_pb2.HeldPlacement(request_id=request_id, lease=lease, sequences=sequences)
+                for (request_id, lease), sequences in self._held().items()
+            ],
         )
         # A hello is a fresh start for the scheduler: the rest is said again.
         self._told_draining.clear()
+        self._kv.restart()
         self._due = True
         return fleet_pb2.FleetRequest(hello=hello)
 
     def _collect(self) -> fleet_pb2.FleetRequest | None:
-        if not self._due:
+        delta = self._kv.next()
+        if delta is None and not self._due:
             return None
-        self._due = False
+        request = fleet_pb2.FleetRequest(draining=self._draining)
+        if self._due:
+            self._due = False
+            request.heartbeat.CopyFrom(self._heartbeat())
+        if delta is not None:
+            kv = fleet_pb2.KvDelta(seq=delta.seq, snapshot=delta.snapshot, added=delta.added, removed=delta.removed)
+            request.kv.CopyFrom(kv)
         if self._draining:
             self._told_draining.set()
-        return fleet_pb2.FleetRequest(heartbeat=self._heartbeat(), draining=self._draining)
+        return request
 
     def _heartbeat(self) -> fleet_pb2.Heartbeat:
         load = self._load()
@@ -167,10 +193,13 @@ class FleetLink:
             self._interval_s = hello.heartbeat_interval_ms / 1000
         self.joined.set()
         _log.info("joined the scheduler", extra={"incarnation": hello.incarnation, "interval_s": self._interval_s})
-        if response.drain:
-            self._on_drain()
+        self._on_message(response)
 
     def _on_message(self, response: fleet_pb2.FleetResponse) -> None:
+        if response.revoked_leases:
+            self._on_revoked(response.revoked_leases)
+        if response.kv_snapshot:
+            self._kv.snapshot()
         if response.drain:
             self._on_drain()
 

@@ -123,10 +123,16 @@ class Ready(msgspec.Struct, array_like=True, tag=11, frozen=True, gc=False):
     weights_version: int
     plan: dict[str, int]  # the memory plan, bytes by line
     pid: int
+    kv_format: str  # part of the root of every block's hash
+    kv_granule_blocks: int  # a granule of the prefix index
 
 
 class StepReport(msgspec.Struct, array_like=True, tag=12, frozen=True, gc=False):
-    """One step's outputs in columns, sequence i being keys[i]; also sent, empty, when only gauges changed."""
+    """One step's outputs in columns, sequence i being keys[i]; also sent, empty, when only gauges changed.
+
+    `kv_added` and `kv_removed` tell of granules of the prefix cache, hashes end to end: what became findable and what
+    no longer is, since the report before.
+    """
 
     keys: list[int]
     start_pos: list[int]
@@ -139,6 +145,8 @@ class StepReport(msgspec.Struct, array_like=True, tag=12, frozen=True, gc=False)
     logprobs: list[Logprobs] = []
     errors: list[SequenceError] = []
     timings: list[Timing] = []
+    kv_added: bytes = b""
+    kv_removed: bytes = b""
 
 
 class ProgressChange(msgspec.Struct, array_like=True, tag=13, frozen=True, gc=False):

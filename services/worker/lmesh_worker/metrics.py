@@ -25,10 +25,16 @@ class WorkerMetrics(Collector):
         model_name: str,
         *,
         slow_consumers: Callable[[], int],
+        revoked: Callable[[], int],
+        kv_granules: Callable[[], int],
+        stuck: Callable[[], bool],
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._model_name = model_name
         self._slow_consumers = slow_consumers
+        self._revoked = revoked
+        self._kv_granules = kv_granules
+        self._stuck = stuck
         self._registry = registry
         self._kv_blocks = 0
         self.load = NO_LOAD
@@ -54,9 +60,9 @@ class WorkerMetrics(Collector):
         self._kv_blocks = ready.kv_blocks
 
     def take(self, report: StepReport) -> None:
-        """Counts one report; a report of gauges alone is no step."""
+        """Counts one report. Gauges alone are no step, and a prompt's tokens count with its first output."""
         before, self.load = self.load, report.load
-        if report.load.steps == before.steps:
+        if report.load.steps == before.steps or not report.keys:
             return
         tokens = report.load.prompt_tokens - before.prompt_tokens
         tokens += report.load.generated_tokens - before.generated_tokens
@@ -91,6 +97,9 @@ class WorkerMetrics(Collector):
         yield self._counter("vllm:generation_tokens", "Tokens generated.", load.generated_tokens)
         yield self._counter("lmesh:engine_steps", "Steps committed.", load.steps)
         yield self._counter("lmesh:slow_consumers", "Gateways dropped as too slow.", self._slow_consumers())
+        yield self._counter("lmesh:revoked_sequences", "Sequences dropped with a revoked lease.", self._revoked())
+        yield self._gauge("lmesh:kv_granules", "Granules of the prefix cache that can be found.", self._kv_granules())
+        yield self._gauge("lmesh:engine_stuck", "1 while the engine makes no progress.", int(self._stuck()))
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=_LABELS)

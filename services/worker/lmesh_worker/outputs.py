@@ -10,7 +10,7 @@ import msgspec
 
 from lmesh_worker.messages import Logprobs, SequenceError, StepReport, Timing
 
-_ENTRY_BYTES = 48  # about what one entry's columns and bookkeeping take
+ENTRY_BYTES = 48  # about what one entry's columns and bookkeeping take
 
 Owner = TypeVar("Owner", bound=Hashable)
 
@@ -34,7 +34,7 @@ class SessionStep:
     @property
     def nbytes(self) -> int:
         """About how much memory it holds; for bounding, not for accounting."""
-        columns = 4 * len(self.ids) + _ENTRY_BYTES * len(self.slot)
+        columns = 4 * len(self.ids) + ENTRY_BYTES * len(self.slot)
         return columns + sum(8 * (len(entry.chosen) + 2 * len(entry.top_ids)) for entry in self.logprobs)
 
     def add(self, slot: int, lease: int, start_pos: int, ids: list[int], finish: int) -> int:

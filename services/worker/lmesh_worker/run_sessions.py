@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection
 
 from lmesh_chassis.errors import DrainingError, ServiceError
 
 from lmesh_worker import errors
 from lmesh_worker.errors import EngineDiedError, NotReadyError, ReplayGoneError, StaleEpochError
-from lmesh_worker.messages import Abort, Command, Finish, Params, SequenceError, Start, StepReport
+from lmesh_worker.messages import Abort, Command, Finish, SequenceError, Start, StepReport
 from lmesh_worker.outputs import SessionStep, split
+from lmesh_worker.revoked_leases import RevokedLeases
+from lmesh_worker.run_order import SessionLimits, StartOrder
 from lmesh_worker.session import Sequence, Session, Stream, too_slow
 from lmesh_worker.spans import SequenceSpan
 from lmesh_worker.start_check import Fault, Limits, find_fault
@@ -21,41 +23,26 @@ from lmesh_worker.start_check import Fault, Limits, find_fault
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartOrder:
-    """One sequence as a gateway asks for it; fields as in lmesh.worker.v1.Start."""
-
-    slot: int
-    lease: int
-    request_id: str
-    choice: int
-    ids: list[int]
-    prompt_len: int
-    params: Params
-    cache_salt: str
-    traceparent: str
-    priority: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionLimits:
-    """How far a gateway may fall behind, and how long its sequences outlive its stream."""
-
-    grace_s: float
-    max_unacked_steps: int
-    max_unacked_bytes: int
-
-
 class RunSessions:
     """Owned by the event loop; nothing here waits for a gateway or for the engine.
 
-    `send` hands a command to the engine; `epoch` is this boot's id.
+    `send` hands a command to the engine, of which `engine_behind` says whether it has stopped taking them; `epoch` is
+    this boot's id.
     """
 
-    def __init__(self, *, epoch: str, limits: SessionLimits, send: Callable[[Command], None]) -> None:
+    def __init__(
+        self,
+        *,
+        epoch: str,
+        limits: SessionLimits,
+        send: Callable[[Command], None],
+        engine_behind: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._epoch = epoch
         self._limits = limits
         self._send = send
+        self._engine_behind = engine_behind
+        self._revoked = RevokedLeases()
         self._sessions: dict[str, Session] = {}
         self._sequences: dict[int, Sequence] = {}  # by key
         self._keys = itertools.count(1)
@@ -64,6 +51,7 @@ class RunSessions:
         self._changed = asyncio.Event()
         self.weights_version = 0
         self.slow_consumers = 0  # sessions dropped so far
+        self.revoked_sequences = 0  # dropped because the scheduler took their lease back
 
     @property
     def live(self) -> int:
@@ -121,11 +109,16 @@ class RunSessions:
         if fault is not None:
             self._emit(session, order.slot, order.lease, len(order.ids), Finish.ERROR, fault)
             return
+        if order.lease in self._revoked or self._engine_behind():
+            # Not the request's fault, so no error: to its gateway this placement is lost.
+            _log.warning("a start is not taken", extra={"request_id": order.request_id, "lease": order.lease})
+            self._emit(session, order.slot, order.lease, len(order.ids), Finish.ABORTED, None)
+            return
         span = SequenceSpan(
             order.traceparent, request_id=order.request_id, choice=order.choice, prompt_tokens=order.prompt_len
         )
         key = next(self._keys)
-        sequence = Sequence(key, order.slot, order.lease, session, len(order.ids), span)
+        sequence = Sequence(key, order.request_id, order.slot, order.lease, session, len(order.ids), span)
         session.sequences[order.slot] = sequence
         self._sequences[key] = sequence
         self._send(
@@ -157,6 +150,26 @@ class RunSessions:
         self._remove(sequence, Finish.ABORTED)
         # The slot is free at once: what the engine still says about this key finds nobody.
         self._emit(session, slot, lease, sequence.next_pos, Finish.ABORTED, None)
+
+    def revoke(self, leases: Collection[int]) -> None:
+        """The scheduler took these leases back: their sequences are dropped, and their gateways hear ABORTED.
+
+        A start that was under way meanwhile will not be taken either.
+        """
+        self._revoked.add(leases)
+        for session in list(self._sessions.values()):
+            step = SessionStep(self.weights_version)
+            for sequence in [s for s in session.sequences.values() if s.lease in self._revoked]:
+                self._send(Abort(sequence.key))
+                self._remove(sequence, Finish.ABORTED)
+                self.revoked_sequences += 1
+                step.add(sequence.slot, sequence.lease, sequence.next_pos, [], Finish.ABORTED)
+            if step.slot:
+                self._push(session, step)
+
+    def held(self) -> dict[tuple[str, int], int]:
+        """Placements that run, (request id, lease), and how many sequences of each."""
+        return Counter((s.request_id, s.lease) for s in self._sequences.values())
 
     def take(self, report: StepReport) -> None:
         """Shares one engine step out among the gateways: at most one step each."""

@@ -12,7 +12,8 @@ from lmesh.worker.v1 import run_pb2, run_pb2_grpc
 from lmesh_worker.errors import HelloRequiredError
 from lmesh_worker.messages import Params
 from lmesh_worker.outputs import SessionStep
-from lmesh_worker.run_sessions import RunSessions, StartOrder
+from lmesh_worker.run_order import StartOrder
+from lmesh_worker.run_sessions import RunSessions
 from lmesh_worker.session import Session, Stream
 
 SERVICE_NAME = "lmesh.worker.v1.RunService"

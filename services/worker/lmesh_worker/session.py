@@ -11,6 +11,7 @@ from lmesh_chassis.errors import ServiceError
 from lmesh_worker.errors import ReplayGoneError, SlowConsumerError, SupersededError
 from lmesh_worker.outputs import SessionStep
 from lmesh_worker.spans import SequenceSpan
+from lmesh_worker.step_parts import parts
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +19,7 @@ class Sequence:
     """One live sequence as the server sees it."""
 
     key: int  # the engine's name for it
+    request_id: str
     slot: int
     lease: int
     session: Session
@@ -44,7 +46,7 @@ class Session:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by slot
     stream: Stream | None = None
     expiry: asyncio.TimerHandle | None = None
-    _unacked: deque[SessionStep] = field(default_factory=deque)
+    _unacked: deque[tuple[SessionStep, int]] = field(default_factory=deque)  # with the bytes that count for each
     _unacked_bytes: int = 0
     _last_seq: int = 0
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,7 +54,7 @@ class Session:
     @property
     def oldest_step_seq(self) -> int:
         """The oldest step that can still be sent again (the next one, if none is held)."""
-        return self._unacked[0].step_seq if self._unacked else self._last_seq + 1
+        return self._unacked[0][0].step_seq if self._unacked else self._last_seq + 1
 
     @property
     def flushed(self) -> bool:
@@ -60,18 +62,26 @@ class Session:
         return self._last_seq == 0 or (self.stream is not None and self.stream.written == self._last_seq)
 
     def push(self, step: SessionStep) -> bool:
-        """Numbers and holds a step; False when the gateway is too far behind and must be dropped."""
-        self._last_seq += 1
-        step.step_seq = self._last_seq
-        self._unacked.append(step)
-        self._unacked_bytes += step.nbytes
+        """Numbers and holds an engine step; False when the gateway is too far behind and must be dropped.
+
+        A step too large for one message is numbered as several. However large, it counts for a quarter of the bound at
+        most: whoever asks for a long prompt's log-probabilities is not slow by that.
+        """
+        pieces = parts(step)
+        share = self.max_unacked_bytes // 4 // len(pieces)
+        for piece in pieces:
+            self._last_seq += 1
+            piece.step_seq = self._last_seq
+            counted = min(piece.nbytes, share)
+            self._unacked.append((piece, counted))
+            self._unacked_bytes += counted
         self._woken.set()
         return len(self._unacked) <= self.max_unacked_steps and self._unacked_bytes <= self.max_unacked_bytes
 
     def acknowledge(self, step_seq: int) -> None:
         """Steps up to `step_seq` need not be held any more."""
-        while self._unacked and self._unacked[0].step_seq <= step_seq:
-            self._unacked_bytes -= self._unacked.popleft().nbytes
+        while self._unacked and self._unacked[0][0].step_seq <= step_seq:
+            self._unacked_bytes -= self._unacked.popleft()[1]
 
     def attach(self, resume_after: int) -> Stream:
         """A new stream, which continues after step `resume_after`; ReplayGoneError when that is not possible."""
@@ -105,7 +115,7 @@ class Session:
             self._woken.clear()
             await self._woken.wait()
         # Steps are contiguous, so the place follows from the number (acknowledged ones have left at the front).
-        step = self._unacked[max(0, stream.cursor + 1 - self.oldest_step_seq)]
+        step, _ = self._unacked[max(0, stream.cursor + 1 - self.oldest_step_seq)]
         stream.cursor = step.step_seq
         return step
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lmesh.worker.v1 import run_pb2_grpc
@@ -19,9 +20,11 @@ from lmesh_worker.config import WorkerSettings, advertised_address
 from lmesh_worker.engine_client import EngineClient
 from lmesh_worker.errors import DOMAIN, EngineFailedError
 from lmesh_worker.fleet_link import FleetLink, Identity
+from lmesh_worker.kv_feed import KvFeed
 from lmesh_worker.messages import ProgressChange, Ready
 from lmesh_worker.metrics import WorkerMetrics
-from lmesh_worker.run_sessions import RunSessions, SessionLimits
+from lmesh_worker.run_order import SessionLimits
+from lmesh_worker.run_sessions import RunSessions
 from lmesh_worker.servicer import SERVICE_NAME, RunServicer
 from lmesh_worker.start_check import Limits
 from lmesh_worker.watchdog import Verdict, Watchdog
@@ -64,10 +67,21 @@ class Worker:
             max_unacked_steps=settings.max_unacked_steps,
             max_unacked_bytes=settings.max_unacked_bytes,
         )
-        self.sessions = RunSessions(epoch=self.epoch, limits=limits, send=engine.send)
+        self.sessions = RunSessions(
+            epoch=self.epoch,
+            limits=limits,
+            send=engine.send,
+            engine_behind=lambda: engine.backlog_bytes > settings.max_engine_backlog_bytes,
+        )
+        self._kv = KvFeed()
         self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
         self._metrics = WorkerMetrics(
-            model.model_id, slow_consumers=lambda: self.sessions.slow_consumers, registry=registry
+            model.model_id,
+            slow_consumers=lambda: self.sessions.slow_consumers,
+            revoked=lambda: self.sessions.revoked_sequences,
+            kv_granules=lambda: len(self._kv),
+            stuck=lambda: self._verdict_before == Verdict.STUCK,
+            registry=registry,
         )
         self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
         self._engine_gone = False
@@ -134,7 +148,10 @@ class Worker:
                 ready,
                 load=lambda: self._metrics.load,
                 verdict=self._verdict,
+                held=self.sessions.held,
+                kv=self._kv,
                 on_drain=shutdown.request,
+                on_revoked=self._revoked,
             )
             linked = asyncio.create_task(fleet.run())
             watched = asyncio.create_task(self._watch(fleet, port))
@@ -157,8 +174,13 @@ class Worker:
             text_digest=model.text_digest,
         )
 
+    def _revoked(self, leases: Collection[int]) -> None:
+        before = self.sessions.live
+        self.sessions.revoke(leases)
+        _log.info("leases revoked", extra={"leases": len(leases), "sequences": before - self.sessions.live})
+
     async def _until_end(self, fleet: FleetLink, shutdown: Shutdown) -> int:
-        pump = asyncio.create_task(self._pump())
+        pump = asyncio.create_task(self._pump(fleet))
         end = asyncio.create_task(self._after_shutdown(fleet, shutdown))
         try:
             await asyncio.wait({pump, end}, return_when=asyncio.FIRST_COMPLETED)
@@ -173,14 +195,17 @@ class Worker:
         await self._engine.stop(_ENGINE_STOP_S)
         return 0
 
-    async def _pump(self) -> None:
+    async def _pump(self, fleet: FleetLink) -> None:
         async for report in self._engine.reports():
             if isinstance(report, ProgressChange):
                 self._watchdog.progress(report.progress)
-                continue
-            self._watchdog.step(report.load.steps)
-            self._metrics.take(report)
-            self.sessions.take(report)
+            else:
+                self._watchdog.step(report.load.steps)
+                self._metrics.take(report)
+                self.sessions.take(report)
+                self._kv.take(report.kv_added, report.kv_removed)
+            if self._verdict_before != Verdict.OK:
+                self._tell(fleet)  # it is heard of again: not a moment later than need be
 
     def _verdict(self) -> Verdict:
         return Verdict.STUCK if self._engine_gone else self._watchdog.verdict(self.sessions.live)

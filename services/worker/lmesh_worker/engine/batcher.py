@@ -13,6 +13,8 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 
+from lmesh_kernels.blocks import granule_blocks
+
 from lmesh_worker.engine.block_pool import BlockPool
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sequence import Sequence, State
@@ -39,6 +41,7 @@ class Batcher:
         self.max_step_tokens = max_step_tokens
         self.max_model_len = max_model_len
         self.prefix_cache = prefix_cache
+        self._granule_blocks = granule_blocks(block_size)
         self.running: list[Sequence] = []  # in rank
         self.waiting: list[Sequence] = []  # in rank
         self.suspects: deque[Sequence] = deque()  # run alone, one after the other, while there are any
@@ -127,7 +130,8 @@ class Batcher:
         registered = []
         for index in range(sequence.registered, min(computed, len(sequence.ids)) // self.block_size):
             block = sequence.blocks[index]
-            if self.pool.register(block, sequence.full_block_hash(index, self.block_size)):
+            ends = (index + 1) % self._granule_blocks == 0
+            if self.pool.register(block, sequence.full_block_hash(index, self.block_size), ends_granule=ends):
                 registered.append(block)
             sequence.registered = index + 1
         return registered

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from lmesh_worker.kv_changes import KvChanges
+
 
 class PoolExhaustedError(RuntimeError):
     """No block is free. The batcher asks before it takes, so reaching this is our own bug."""
@@ -13,7 +15,8 @@ class BlockPool:
     """Reference counts over `num_blocks` blocks.
 
     A block with references is held. One without is free, and stays findable by its hash until it is taken again:
-    free blocks without a hash go first, then the least recently released.
+    free blocks without a hash go first, then the least recently released. `changes` gathers which granules (see
+    `lmesh_kernels.blocks.granule_blocks`) became findable and which no longer are.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -21,6 +24,8 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._ends_granule = bytearray(num_blocks)  # 1 where a findable block is the last of a granule
+        self.changes = KvChanges()
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
@@ -67,13 +72,16 @@ class BlockPool:
         if self._hash_of[block] is None:
             self._free.move_to_end(block, last=False)
 
-    def register(self, block: int, block_hash: bytes) -> bool:
+    def register(self, block: int, block_hash: bytes, *, ends_granule: bool = False) -> bool:
         """Makes a held block findable; False where another block already has this content (that one stays)."""
         if block_hash in self._block_of:
             return False
         self.withdraw(block)
         self._block_of[block_hash] = block
         self._hash_of[block] = block_hash
+        if ends_granule:
+            self._ends_granule[block] = 1
+            self.changes.add(block_hash)
         return True
 
     def withdraw(self, block: int) -> None:
@@ -82,5 +90,8 @@ class BlockPool:
         if block_hash is not None:
             del self._block_of[block_hash]
             self._hash_of[block] = None
+            if self._ends_granule[block]:
+                self._ends_granule[block] = 0
+                self.changes.remove(block_hash)
             if self._references[block] == 0 and block in self._free:
                 self._free.move_to_end(block, last=False)

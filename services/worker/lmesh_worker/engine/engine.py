@@ -32,6 +32,8 @@ from lmesh_worker.start_check import Limits, find_fault
 
 log = logging.getLogger(__name__)
 
+_QUIET_S = 0.1  # steps without outputs are reported this often at most
+
 
 class Engine:
     """Runs sequences. One thread calls it; nothing here waits for a network.
@@ -51,6 +53,7 @@ class Engine:
             decoder.pack()
         kv = KVCache(model, plan.kv_blocks, plan.block_size, plan.dtype, self.platform.device)
         self.decoder = decoder
+        self.kv_format = f"{str(plan.dtype).removeprefix('torch.')}/{plan.block_size}/{KVCache.LAYOUT}"
         self.pool = BlockPool(plan.kv_blocks)
         self.batcher = Batcher(
             self.pool,
@@ -79,6 +82,7 @@ class Engine:
         self._gauges_changed = False
         self._arrivals = 0
         self._steps = 0
+        self._reported_at, self._reported_steps = 0.0, 0
 
     # -- commands
 
@@ -113,12 +117,11 @@ class Engine:
         if salt not in self._roots:
             if len(self._roots) > 4096:  # tenants come and go; a root is cheap to make again
                 self._roots.clear()
-            kv_format = f"{self.plan.dtype}/{self.plan.block_size}"
             self._roots[salt] = root_hash(
                 model_digest=self._digest,
                 weights_version=self.config.weights_version,
                 cache_salt=salt,
-                kv_format=kv_format,
+                kv_format=self.kv_format,
             )
         return self._roots[salt]
 
@@ -167,11 +170,15 @@ class Engine:
             self._report.error(culprit.sequence.key, STEP_FAILED, message, len(culprit.sequence.ids))
 
     def _take_report(self, begin: float) -> StepReport | None:
-        if not self._report and not self._gauges_changed:
+        # A long prompt's steps give no ids; they are told of now and then, or they would look like no progress.
+        quiet = begin - self._reported_at < _QUIET_S
+        if not self._report and not self._gauges_changed and (quiet or self._steps == self._reported_steps):
             return None
         report, self._report, self._gauges_changed = self._report, ReportBuilder(), False
+        self._reported_at, self._reported_steps = begin, self._steps
         micros = round((time.perf_counter() - begin) * 1e6)
-        return report.build(self.load(), weights_version=self.config.weights_version, step_us=micros)
+        version = self.config.weights_version
+        return report.build(self.load(), self.pool.changes, weights_version=version, step_us=micros)
 
     def load(self) -> Load:
         """Gauges and counters now."""

@@ -68,7 +68,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     }
     _check_fit(lines, kv_blocks * block > free - weights - packed - activations)
     max_model_len = _max_model_len(config, model, kv_blocks, lines)
-    log.info("memory plan %s", lines)
+    log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(
         dtype=dtype,
         max_seqs=max_seqs,

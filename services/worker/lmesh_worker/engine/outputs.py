@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from lmesh_worker.engine.sequence import Sequence
+from lmesh_worker.kv_changes import KvChanges
 from lmesh_worker.messages import Finish, Load, Logprobs, SequenceError, StepReport, Timing
 
 
@@ -62,8 +63,9 @@ class ReportBuilder:
         self.finish(key, Finish.ERROR, position)
         self._errors.append(SequenceError(self._entry[key], reason, message))
 
-    def build(self, load: Load, *, weights_version: int, step_us: int) -> StepReport:
-        """The report; the builder is spent."""
+    def build(self, load: Load, kv: KvChanges, *, weights_version: int, step_us: int) -> StepReport:
+        """The report, with all that `kv` has; the builder is spent."""
+        kv_added, kv_removed = kv.take()
         return StepReport(
             keys=self._keys,
             start_pos=self._start_pos,
@@ -76,6 +78,8 @@ class ReportBuilder:
             logprobs=self._logprobs,
             errors=self._errors,
             timings=self._timings,
+            kv_added=kv_added,
+            kv_removed=kv_removed,
         )
 
 

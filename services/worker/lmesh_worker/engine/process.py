@@ -14,11 +14,13 @@ import socket
 import sys
 
 import msgspec
+from lmesh_kernels.blocks import granule_blocks
 from lmesh_kernels.models.config import UnsupportedModelError
 from lmesh_kernels.models.weights import WeightsError
 from lmesh_kernels.platforms.platform import PlatformError
 from lmesh_kernels.text.resolve import ModelNotFoundError, resolve
 
+from lmesh_worker.engine import log_lines
 from lmesh_worker.engine.channel import Channel, PeerGoneError
 from lmesh_worker.engine.config import ConfigError, EngineConfig
 from lmesh_worker.engine.engine import Engine
@@ -44,7 +46,7 @@ def main() -> int:
     parser.add_argument("--source", required=True)
     parser.add_argument("--fd", type=int, required=True)
     args = parser.parse_args()
-    logging.basicConfig(level=os.environ.get("LMESH_WORKER_LOG_LEVEL", "info").upper(), stream=sys.stderr)
+    log_lines.setup(os.environ.get("LMESH_WORKER_LOG_LEVEL", "info"))
     # Both signals are the server's business: it drains its requests, and they need this process until then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,6 +128,8 @@ def _ready(engine: Engine) -> Ready:
         weights_version=engine.config.weights_version,
         plan=plan.lines,
         pid=os.getpid(),
+        kv_format=engine.kv_format,
+        kv_granule_blocks=granule_blocks(plan.block_size),
     )
 
 
