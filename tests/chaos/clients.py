@@ -53,6 +53,7 @@ class Client:
     outcome: str = ""
     accepted: bool = False
     streams: int = 0
+    submissions: int = 0
     durable: bool = False
     _began: float = 0.0
     _call: Any = None
@@ -124,6 +125,7 @@ class Client:
             if resumed:
                 self._call = stub.Resume(self._resume(), timeout=timeout)
             else:
+                self.submissions += 1
                 self._call = stub.Generate(self._request(), timeout=timeout)
             await self._read(self._call)
         except grpc.aio.AioRpcError as error:

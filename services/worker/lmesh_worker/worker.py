@@ -75,6 +75,7 @@ class Worker:
         )
         self._kv = KvFeed()
         self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
+        self._verdict_before = Verdict.OK
         self._metrics = WorkerMetrics(
             model.model_id,
             slow_consumers=lambda: self.sessions.slow_consumers,
@@ -85,7 +86,6 @@ class Worker:
         )
         self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
         self._engine_gone = False
-        self._verdict_before = Verdict.OK
         self.worker_id = settings.id
 
     async def run(self, shutdown: Shutdown) -> int:
