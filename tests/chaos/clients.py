@@ -149,7 +149,7 @@ class Client:
             reason = "NO_WORKER"
         again = broken or reason in TRY_AGAIN
         if again and (self.resumes or not self.accepted):
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3 if self.streams < 5 else 1.5)
         else:
             self._end("BROKEN" if broken else reason)
 

@@ -74,6 +74,13 @@ class Direction:
         for _ in range(len(self._pending) if all_lost else self._net.rng.randint(0, len(self._pending))):
             self._pending.pop()
         self._put(last, delay_s)
+        self._net.breaking.append(self)
+
+    def hasten(self) -> None:
+        """The break is found out now."""
+        self._pending = deque((self._net.loop.now, item) for _, item in self._pending)
+        if self._pending:
+            self._net.at(self._net.loop.now, self._deliver)
 
     def _arm(self) -> None:
         if self._pending and not self._armed:
@@ -153,6 +160,7 @@ class Net:
         self._serials: dict[Stream, int] = {}
         self._made = 0
         self._stalls: dict[frozenset[str], float] = {}
+        self.breaking: list[Direction] = []
 
     def at(self, when: float, callback: Callable[[], None]) -> None:
         """Calls back in no process's context."""
@@ -237,6 +245,9 @@ class Net:
             del self._bound[address]
 
     def heal(self) -> None:
-        """No more stalls, and mild weather."""
+        """No more stalls, mild weather, and whoever still talks into a broken stream finds out."""
         self._stalls.clear()
+        for direction in self.breaking:
+            direction.hasten()
+        self.breaking.clear()
         self.weather = Weather(slow_share=0.0)
