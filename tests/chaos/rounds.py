@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tests.chaos.real_mesh import RealMesh, until
 from tests.chaos.streams import Received, crowd, request, run
 
+PROBES = 8  # connections; that all of them get to one of two gateway processes is unlikely enough
 STREAMS = {"worker": 16, "scheduler": 8, "gateway": 8, "redis": 8, "engine": 16}
 Blow = Callable[[RealMesh, random.Random], None]
 
@@ -32,7 +33,7 @@ def _kill_redis(mesh: RealMesh, rng: random.Random) -> None:
 
 
 def _stop_engine(mesh: RealMesh, rng: random.Random) -> None:
-    """Stopped for good: it is killed, and so started again, only when the round is over."""
+    """It goes on only when the round is over."""
     mesh.engine(rng.choice(("worker-0", "worker-1"))).suspend()
 
 
@@ -79,7 +80,8 @@ def undisturbed(mesh: RealMesh, count: int, max_tokens: int) -> list[list[list[i
 
 
 def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_tokens: int) -> Round:
-    """Streams, the blow, a new request right after it, and the mesh well again."""
+    """Streams, the blow, a new request right after it, and everything running again."""
+    until(lambda: _settled(mesh), "every gateway process serves")
     found = Round(kind, streams=len(due))
     prefix = f"{kind}-{seed}-{time.monotonic_ns()}"
     received = run(
@@ -88,13 +90,22 @@ def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_t
         lambda: _strike(mesh, kind, random.Random(seed), prefix, found),
     )
     _judge(received, due, found)
-    until(lambda: mesh.well and len(mesh.gateways()) == 2, "the mesh is well again")
+    for worker in ("worker-0", "worker-1") if kind == "engine" else ():
+        mesh.engine(worker).resume()
     return found
 
 
+def _settled(mesh: RealMesh) -> bool:
+    """All processes are there, and whatever gateway process a connection gets to, it is answered."""
+    if not mesh.well or len(mesh.gateways()) != 2:
+        return False
+    probes = [request(f"probe{i}", greedy=True, max_tokens=2) for i in range(PROBES)]
+    return all(received.finished for received in run(mesh.target, probes))
+
+
 def _strike(mesh: RealMesh, kind: str, rng: random.Random, prefix: str, found: Round) -> None:
-    BLOWS[kind](mesh, rng)
     began = time.monotonic()
+    BLOWS[kind](mesh, rng)
     late = request("late", greedy=True, max_tokens=4)
 
     def answered() -> bool:
