@@ -27,7 +27,9 @@ def _kill(nodes: Callable[[Mesh], list[Node]]) -> Strike:
         if not node.up:
             return f"{node.name} was down already"
         node.kill()
-        mesh.restart(node, rng.choice((rng.uniform(1.0, 2.0), rng.uniform(2.0, 8.0))))
+        # Incarnations count seconds at least, and so does the start of a real process.
+        soonest = 1.0 if node is mesh.scheduler else 0.1
+        mesh.restart(node, rng.choice((rng.uniform(soonest, 1.5), rng.uniform(1.5, 8.0))))
         return f"kill {node.name}"
 
     return strike

@@ -19,8 +19,7 @@ from lmesh_worker.run_sessions import RunSessions
 
 from tests.chaos.simulation import Shape
 
-WORKERS = frozenset({"worker killed", "engine killed", "worker paused", "engine stopped"})
-SCHEDULERS = frozenset({"scheduler killed"})
+DEATHS = frozenset({"worker killed"})
 LINKS = frozenset({"link broken", "link stalled"})
 
 
@@ -49,14 +48,6 @@ def _any_epoch(attach: Any) -> Any:
     return lambda self, gateway_id, epoch, after: attach(self, gateway_id, self._epoch, after)
 
 
-def _any_lease(finished: Any) -> Any:
-    def patched(self: Scheduler, ending: Any) -> None:
-        request = self.requests.find(ending.request_id)
-        finished(self, ending if request is None else ending._replace(lease=request.lease))
-
-    return patched
-
-
 def _never_expires(detach: Any) -> Any:
     def patched(self: RunSessions, session: Any, stream: Any) -> None:
         detach(self, session, stream)
@@ -69,7 +60,8 @@ def _never_expires(detach: Any) -> Any:
 PLANTS: dict[str, Plant] = {
     "a worker's room is not given back": Plant(_no(Worker, "take_back"), Shape(faults=0), seeds=3),
     "a worker takes whoever asks for an earlier boot": Plant(
-        _wrapped(RunSessions, "attach", _any_epoch), Shape(kinds=WORKERS, faults=6)
+        _wrapped(RunSessions, "attach", _any_epoch),
+        Shape(kinds=DEATHS, faults=8, clients=10, slow=True),
     ),
     "a worker keeps a lost gateway's sequences for good": Plant(
         _wrapped(RunSessions, "detach", _never_expires), Shape(kinds=frozenset({"gateway killed"}), faults=3)
@@ -85,8 +77,5 @@ PLANTS: dict[str, Plant] = {
     ),
     "a lost gateway's requests are kept": Plant(
         _no(Scheduler, "_drop_requests_of"), Shape(kinds=frozenset({"gateway killed"}), faults=3)
-    ),
-    "a report under an earlier lease is taken": Plant(
-        _wrapped(Scheduler, "finished", _any_lease), Shape(kinds=WORKERS | LINKS, faults=12, slow=True)
     ),
 }
