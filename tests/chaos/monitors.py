@@ -92,6 +92,15 @@ def books(mesh: Mesh) -> Iterator[str]:
             yield f"{request.id} is queued, and placed on {holders[request.id]}"
 
 
+def strangers(mesh: Mesh) -> Iterator[str]:
+    """What runs and is counted nowhere: not to be, once everybody has been linked for a while."""
+    known = {request.lease for request in mesh.scheduler.part.scheduler.requests.live()}
+    for node in mesh.workers:
+        for sequence in node.part.sessions._sequences.values():
+            if sequence.lease not in known:
+                yield f"{node.name} runs a sequence under {sequence.lease}, of which the scheduler knows nothing"
+
+
 def leftovers(mesh: Mesh) -> Iterator[str]:
     """What is left of requests when nobody wants anything any more."""
     core = mesh.scheduler.part.scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from lmesh_scheduler.config import SchedulerSettings
 
 from tests.chaos import faults
 from tests.chaos.clients import Client, Habit
-from tests.chaos.monitors import Monitor, books, healthy, leftovers
+from tests.chaos.monitors import Monitor, books, healthy, leftovers, strangers
 from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.owed import broken_promise
@@ -29,6 +30,7 @@ RESUMES = "Resume" in vars(InferenceServicer)
 REPLACES = "max_placements" in SchedulerSettings.__dataclass_fields__
 BROKEN = Status(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 BOOKS_EVERY = 20  # instants
+SETTLED_S = 7.0  # after this much of everybody being linked, everybody knows of what runs
 REST_S = 80.0  # most time that the mesh may take to come to rest
 
 
@@ -128,10 +130,13 @@ class Simulation:
                 self._loop.resume(worker.engine.process)
 
     def _come_to_rest(self) -> None:
-        end = self._loop.now + REST_S
+        end, well_since = self._loop.now + REST_S, math.inf
         while self._loop.now < end:
             if not self._go_on_to(self._loop.now + 1.0):
                 return
+            well_since = math.inf if list(healthy(self._mesh)) else min(well_since, self._loop.now)
+            if REPLACES and self._loop.now - well_since > SETTLED_S:
+                self.outcome.violations += strangers(self._mesh)
             if not self._unrest():
                 promises = (broken_promise(c, self.outcome.faults, replaces=REPLACES) for c in self._clients)
                 self.outcome.violations += [promise for promise in promises if promise is not None]
