@@ -51,11 +51,14 @@ def _replaced(mesh: Mesh, rng: random.Random) -> str:
     return f"{old} is replaced, and wakes after {seconds:.1f} s"
 
 
-def _drain(mesh: Mesh, rng: random.Random) -> str:
-    node = rng.choice(mesh.workers)
-    if node.up and node.shutdown is not None:
-        node.process.context.run(node.shutdown.request)
-    return f"drain {node.name}"
+def _drain(nodes: Callable[[Mesh], list[Node]]) -> Strike:
+    def strike(mesh: Mesh, rng: random.Random) -> str:
+        node = rng.choice(nodes(mesh))
+        if node.up and node.shutdown is not None:
+            node.process.context.run(node.shutdown.request)
+        return f"drain {node.name}"
+
+    return strike
 
 
 def _engine_dies(mesh: Mesh, rng: random.Random) -> str:
@@ -125,13 +128,15 @@ def _scheduler(mesh: Mesh) -> list[Node]:
 KINDS: dict[str, tuple[int, Strike]] = {
     "worker killed": (4, _kill(_workers)),
     "worker paused": (2, _pause(_workers)),
-    "worker drained": (1, _drain),
+    "worker drained": (1, _drain(_workers)),
     "engine killed": (2, _engine_dies),
     "engine stopped": (2, _engine_stops),
     "scheduler killed": (4, _kill(_scheduler)),
     "scheduler paused": (2, _pause(_scheduler)),
     "scheduler replaced": (1, _replaced),
     "gateway killed": (3, _kill(_gateways)),
+    "scheduler drained": (1, _drain(_scheduler)),
+    "gateway drained": (1, _drain(_gateways)),
     "gateway paused": (1, _pause(_gateways)),
     "link broken": (5, _break),
     "link stalled": (4, _stall),

@@ -37,6 +37,7 @@ from tests.chaos.virtual_loop import Process, VirtualLoop
 from tests.chaos.wires import Net
 
 SCHEDULER = "scheduler:1"
+DRAIN_S = 4.0
 # Shorter than in life, in the same proportions: there is less to wait for.
 SCHEDULER_SETTINGS = {
     "heartbeat_interval_s": 1.0,
@@ -44,9 +45,15 @@ SCHEDULER_SETTINGS = {
     "gateway_grace_s": 5.0,
     "gateway_lost_s": 15.0,
     "model_grace_s": 20.0,
+    "drain_timeout_s": DRAIN_S,
 }
-GATEWAY_SETTINGS = {"run_resume_grace_s": 3.0, "scheduler_grace_s": 8.0, "default_deadline_s": 300.0}
-WORKER_SETTINGS = {"run_grace_s": 6.0, "step_bound_s": 4.0, "max_unacked_steps": 256}
+GATEWAY_SETTINGS = {
+    "run_resume_grace_s": 3.0,
+    "scheduler_grace_s": 8.0,
+    "default_deadline_s": 300.0,
+    "drain_timeout_s": DRAIN_S,
+}
+WORKER_SETTINGS = {"run_grace_s": 6.0, "step_bound_s": 4.0, "max_unacked_steps": 256, "drain_timeout_s": DRAIN_S}
 WHOLE_MODEL = ModelIdentity(model_id=MODEL, source="sim:m", digest="d" * 64, text_digest="t" * 64)
 
 

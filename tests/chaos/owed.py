@@ -6,9 +6,9 @@ from collections import Counter
 
 from tests.chaos.clients import Client
 
-SCHEDULER = frozenset({"scheduler killed", "scheduler paused", "scheduler replaced", "redis away"})
+SCHEDULER = frozenset({"scheduler killed", "scheduler paused", "scheduler replaced", "scheduler drained", "redis away"})
 WORKER = frozenset({"worker killed", "worker paused", "worker drained", "engine killed", "engine stopped"})
-GATEWAY = frozenset({"gateway killed", "gateway paused"})
+GATEWAY = frozenset({"gateway killed", "gateway paused", "gateway drained"})
 LINK = frozenset({"link broken", "link stalled", "slow network"})
 PLACEMENTS = 5  # of one request, before it is given up
 
@@ -24,7 +24,8 @@ EXCUSES: dict[str, tuple[frozenset[str], ...]] = {
     "RESUMED_ELSEWHERE": (GATEWAY | LINK,),
     "DUPLICATE_REQUEST_ID": (GATEWAY | LINK,),
     "QUEUE_TIMEOUT": (),
-    "DRAINING": (WORKER,),
+    "DRAINING": (WORKER | SCHEDULER | GATEWAY,),
+    "UNAVAILABLE": (GATEWAY | LINK,),
 }
 
 
