@@ -52,8 +52,8 @@ def main() -> None:
 def table(rounds: list[Round]) -> str:
     """One line a kind of blow, in Markdown."""
     lines = [
-        "| blow | rounds | streams | lost | wrong ids | resumed | longest silence, median / max | new request served |",
-        "|---|---|---|---|---|---|---|---|",
+        "| blow | rounds | streams | lost | wrong ids | resumed | silent for 0.5 s | longest silence, median / max | new request served |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in sorted({found.kind for found in rounds}):
         mine = [found for found in rounds if found.kind == kind]
@@ -65,6 +65,7 @@ def table(rounds: list[Round]) -> str:
             sum(len(found.lost) for found in mine),
             sum(len(found.wrong) for found in mine),
             sum(found.resumed for found in mine),
+            sum(found.felt for found in mine),
             f"{statistics.median(gaps):.2f} / {max(gaps):.2f} s",
             f"{statistics.median(placed):.2f} / {max(placed):.2f} s",
         ]

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
+from lmesh.scheduler.v1 import fleet_pb2, fleet_pb2_grpc
 
 from tests.mesh import free_ports, logs, run_cli
 
 MODEL = "tiny"
 START_S = 120.0
+HEARD_MS = 2500  # heartbeats come every second
 # Bounds of minutes are for real models; what is promised is the same with shorter ones.
 SETTINGS = {
     "LMESH_WORKER_KV_CACHE_BYTES": "64MiB",
@@ -65,6 +68,18 @@ class RealMesh:
         """Every service is ready."""
         services = self.services()
         return bool(services) and all(service["state"] == "ready" for service in services.values())
+
+    def placeable(self) -> set[str]:
+        """Workers that the scheduler would place on now."""
+        port = json.loads((self.folder / "state.json").read_text())["plan"]["scheduler_port"]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = fleet_pb2_grpc.FleetServiceStub(channel)
+            try:
+                fleet = stub.DescribeFleet(fleet_pb2.DescribeFleetRequest(), timeout=5)
+            except grpc.RpcError:
+                return set()
+        fresh = [w for w in fleet.workers if w.heartbeat_age_ms < HEARD_MS and not w.draining]
+        return {w.hello.worker_id for w in fresh if w.heartbeat.progress == fleet_pb2.PROGRESS_OK}
 
     def restarts(self, name: str) -> int:
         """How often the supervisor started a service again."""

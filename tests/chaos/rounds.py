@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tests.chaos.real_mesh import RealMesh, until
 from tests.chaos.streams import Received, crowd, request, run
 
+FELT_S = 0.5
 PROBES = 8  # connections; that all of them get to one of two gateway processes is unlikely enough
 STREAMS = {"worker": 16, "scheduler": 8, "gateway": 8, "redis": 8, "engine": 16}
 Blow = Callable[[RealMesh, random.Random], None]
@@ -61,6 +62,7 @@ class Round:
     streams: int = 0
     lost: list[str] = field(default_factory=list)  # streams that ended otherwise than by Finish, and their reasons
     wrong: list[str] = field(default_factory=list)  # ids other than undisturbed
+    felt: int = 0  # streams that were silent for longer than a scheduler's hiccup
     resumed: int = 0
     not_durable: int = 0
     gap_s: float = 0.0  # longest silence of any stream
@@ -97,7 +99,7 @@ def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_t
 
 def _settled(mesh: RealMesh) -> bool:
     """All processes are there, and whatever gateway process a connection gets to, it is answered."""
-    if not mesh.well or len(mesh.gateways()) != 2:
+    if not mesh.well or len(mesh.gateways()) != 2 or len(mesh.placeable()) != 2:
         return False
     probes = [request(f"probe{i}", greedy=True, max_tokens=2) for i in range(PROBES)]
     return all(received.finished for received in run(mesh.target, probes))
@@ -123,6 +125,7 @@ def _judge(received: list[Received], due: list[list[list[int]]], found: Round) -
             found.lost.append(f"{name}: {got.error} after {got.count} ids")
         elif got.ids != ids:
             found.wrong.append(name)
+        found.felt += got.gap_s > FELT_S
         found.resumed += bool(got.resumes)
         found.not_durable += got.finished and not got.durable
         found.gap_s = max(found.gap_s, got.gap_s)
