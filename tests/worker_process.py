@@ -68,7 +68,8 @@ class FakeScheduler(fleet_pb2_grpc.FleetServiceServicer):
 
     @property
     def heartbeat(self) -> fleet_pb2.Heartbeat:
-        return next(r.heartbeat for r in reversed(self.requests) if r.HasField("heartbeat"))
+        beats = (request.heartbeat for request in reversed(self.requests) if request.HasField("heartbeat"))
+        return next(beats, fleet_pb2.Heartbeat())
 
     @property
     def deltas(self) -> list[fleet_pb2.KvDelta]:

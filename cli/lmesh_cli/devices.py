@@ -33,12 +33,18 @@ def share_of_machine(
     names = visible_gpus(environ) if gpus is None else gpus
     if names:
         return [_gpu_share(index, count, names, environ) for index in range(count)]
-    threads = max(1, (cores or os.cpu_count() or 1) // count)
+    threads = max(1, (cores or _usable_cores()) // count)
     share = {
         "LMESH_WORKER_THREADS": str(threads),
         "LMESH_WORKER_MEMORY_FRACTION": f"{_CPU_FRACTION / count:.3f}",
     }
     return [_unset(share, environ) for _ in range(count)]
+
+
+def _usable_cores() -> int:
+    """Those that this process, and so its workers, may run on: a container or `taskset` may leave it few."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _gpu_share(index: int, count: int, names: list[str], environ: Mapping[str, str]) -> dict[str, str]:

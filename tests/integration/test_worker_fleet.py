@@ -37,6 +37,8 @@ async def test_the_hello_says_who_it_is_and_what_it_holds() -> None:
         model = hello.model
         assert (model.id, model.source, model.digest, model.text_digest) == ("scripted", "normal", "d1", "d2")
         assert (model.max_model_len, model.vocab_size, model.block_size) == (512, VOCAB, 16)
+        assert (model.weights_version, model.kv_format, model.kv_granule_blocks) == (1, "float32/16/nhd", 4)
+        assert not hello.held
         capacity = hello.capacity
         assert (capacity.max_seqs, capacity.max_step_tokens, capacity.kv_blocks) == (32, 512, READY.kv_blocks)
         assert hello.device == "scripted"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 
 import pytest
@@ -120,6 +121,15 @@ class TestSharing:
         shares = share_of_machine(2, {}, gpus=[], cores=8)
         assert [share["LMESH_WORKER_THREADS"] for share in shares] == ["4", "4"]
         assert sum(float(share["LMESH_WORKER_MEMORY_FRACTION"]) for share in shares) <= 0.8
+
+    def test_every_worker_gets_a_thread_and_no_core_twice(self) -> None:
+        assert [s["LMESH_WORKER_THREADS"] for s in share_of_machine(3, {}, gpus=[], cores=2)] == ["1"] * 3
+        assert [s["LMESH_WORKER_THREADS"] for s in share_of_machine(3, {}, gpus=[], cores=8)] == ["2"] * 3
+
+    def test_cores_are_those_that_may_be_used(self, monkeypatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        assert [s["LMESH_WORKER_THREADS"] for s in share_of_machine(2, {}, gpus=[])] == ["3", "3"]
 
     def test_gpus_go_round(self) -> None:
         shares = share_of_machine(3, {}, gpus=["2", "5"], cores=8)

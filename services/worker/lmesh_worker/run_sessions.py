@@ -157,9 +157,10 @@ class RunSessions:
         A start that was under way meanwhile will not be taken either.
         """
         self._revoked.add(leases)
+        gone = frozenset(leases)
         for session in list(self._sessions.values()):
             step = SessionStep(self.weights_version)
-            for sequence in [s for s in session.sequences.values() if s.lease in self._revoked]:
+            for sequence in [s for s in session.sequences.values() if s.lease in gone]:
                 self._send(Abort(sequence.key))
                 self._remove(sequence, Finish.ABORTED)
                 self.revoked_sequences += 1

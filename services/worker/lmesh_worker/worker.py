@@ -74,8 +74,9 @@ class Worker:
             engine_behind=lambda: engine.backlog_bytes > settings.max_engine_backlog_bytes,
         )
         self._kv = KvFeed()
-        self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
+        self._engine_gone = False
         self._verdict_before = Verdict.OK
+        self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
         self._metrics = WorkerMetrics(
             model.model_id,
             slow_consumers=lambda: self.sessions.slow_consumers,
@@ -85,7 +86,6 @@ class Worker:
             registry=registry,
         )
         self.server = GrpcServer(settings.address, domain=DOMAIN, reflection=settings.reflection)
-        self._engine_gone = False
         self.worker_id = settings.id
 
     async def run(self, shutdown: Shutdown) -> int:
@@ -192,7 +192,7 @@ class Worker:
             end.cancel()
             pump.cancel()
             await asyncio.gather(end, pump, return_exceptions=True)
-        await self._engine.stop(_ENGINE_STOP_S)
+        await self._engine.stop(0.0 if self._verdict() == Verdict.STUCK else _ENGINE_STOP_S)
         return 0
 
     async def _pump(self, fleet: FleetLink) -> None:
