@@ -30,7 +30,8 @@ READY = m.Ready(
     weights_version=1,
     plan={},
     pid=0,
-    **({"kv_format": "sim", "kv_granule_blocks": 4} if "kv_format" in m.Ready.__struct_fields__ else {}),
+    kv_format="sim",
+    kv_granule_blocks=4,
 )
 
 
@@ -174,7 +175,8 @@ class SimEngine:
         added, removed = self._cached(len(outputs))
         self._reports.put_nowait(
             m.StepReport(
-                **({"kv_added": added, "kv_removed": removed} if "kv_added" in m.StepReport.__struct_fields__ else {}),
+                kv_added=added,
+                kv_removed=removed,
                 keys=[key for key, *_ in outputs],
                 start_pos=[position for _, _, position, *_ in outputs],
                 n_new=[len(ids) for *_, ids, _ in outputs],
