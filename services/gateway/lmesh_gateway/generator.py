@@ -14,11 +14,12 @@ from lmesh_chassis.errors import ServiceError
 
 from lmesh_gateway.errors import DrainingError, QueueFullError
 from lmesh_gateway.generation import Event, GenerationRequest, ModelDirectory, ServedModel
-from lmesh_gateway.live_request import LiveRequest, WorkerPort
+from lmesh_gateway.live_request import LiveRequest
 from lmesh_gateway.metrics import LIVE, RequestMetrics
 from lmesh_gateway.placement import SchedulerPort
 from lmesh_gateway.plan import Plan, SequenceParams
 from lmesh_gateway.prompts import PromptBuilder
+from lmesh_gateway.running_leg import WorkerPort
 from lmesh_gateway.spans import RequestSpan
 from lmesh_gateway.validation import check_against_model, check_request
 
@@ -112,6 +113,7 @@ class MeshGenerator:
             tenant=request.tenant,
             traceparent=span.traceparent,
             created=created,
+            cache_salt=request.tenant,
         )
 
 

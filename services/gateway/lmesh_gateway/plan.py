@@ -37,3 +37,5 @@ class Plan:
     tenant: str
     traceparent: str
     created: float
+    cache_salt: str = ""  # derived from the tenant: tenants must not learn each other's prompts from the cache's speed
+    priority: int = 0  # smaller is sooner
