@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from lmesh_gateway import running_leg
 from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.run_session import RunSession
+from lmesh_gateway.running_leg import RunningLeg
 from lmesh_scheduler.fleet import Worker
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_worker.run_sessions import RunSessions
@@ -48,6 +50,21 @@ def _any_epoch(attach: Any) -> Any:
     return lambda self, gateway_id, epoch, after: attach(self, gateway_id, self._epoch, after)
 
 
+def _loses_last(start: Any) -> Any:
+    def patched(plan: Any, leg: Any, choice: Any) -> Any:
+        ids, choice.ids = choice.ids, choice.ids[:-1]
+        try:
+            return start(plan, leg, choice)
+        finally:
+            choice.ids = ids
+
+    return patched
+
+
+def _short_continuation() -> AbstractContextManager[Any]:
+    return mock.patch.object(running_leg, "_start", _loses_last(running_leg._start))
+
+
 def _never_expires(detach: Any) -> Any:
     def patched(self: RunSessions, session: Any, stream: Any) -> None:
         detach(self, session, stream)
@@ -77,5 +94,13 @@ PLANTS: dict[str, Plant] = {
     ),
     "a lost gateway's requests are kept": Plant(
         _no(Scheduler, "_drop_requests_of"), Shape(kinds=frozenset({"gateway killed"}), faults=3)
+    ),
+    "a lost leg is not told": Plant(_no(DispatchSession, "_say_lost"), Shape(kinds=LINKS, faults=12, slow=True)),
+    "what runs is not announced to a new scheduler": Plant(
+        _no(DispatchSession, "_announce"), Shape(kinds=frozenset({"scheduler killed"}), faults=3, clients=10)
+    ),
+    "a continuation begins one id too early": Plant(_short_continuation, Shape(kinds=DEATHS, faults=6)),
+    "an earlier leg goes on beside the new one": Plant(
+        _no(RunningLeg, "drop"), Shape(kinds=DEATHS | LINKS, faults=8, slow=True)
     ),
 }
