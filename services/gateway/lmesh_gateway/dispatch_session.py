@@ -33,7 +33,6 @@ class Submitted:
     listener: PlacementListener
     owner_epoch: int = 0  # of a take-over, else 0
     sent: bool = False
-    said_again: bool = False  # submitted on a second stream
     leg: Leg | None = None
     lost: Leg | None = None
     started: bool = False  # the leg's first output has come
@@ -181,7 +180,6 @@ class DispatchSession:
             elif entry.owner_epoch:
                 self._say_taken_over(entry)
             elif request_id not in waiting:
-                entry.said_again = True
                 self._outbox.submits.append(entry.plan)
 
     def _say_taken_over(self, entry: Submitted) -> None:
@@ -291,8 +289,8 @@ class DispatchSession:
     def on_refused(self, request_id: str, reason: str, message: str, retry_after_ms: int) -> None:
         """The scheduler did not admit a request."""
         entry = self._live.get(request_id)
-        if entry is None or (entry.said_again and reason == DuplicateRequestIdError.reason):
-            return  # what it has is the very request that we said again
+        if entry is None:
+            return
         self._end(request_id, refusal(reason, message, retry_after_ms), Outcome.FAILED)
 
     def _end(self, request_id: str, error: ServiceError, outcome: Outcome, entry: Submitted | None = None) -> None:

@@ -147,9 +147,14 @@ class Scheduler:
     def submit(self, gateway: Gateway, submission: Submission) -> None:
         """Admits a request or refuses it; places it at once if a worker has room."""
         known = self.requests.find(submission.request_id)
-        if known is not None and known.live and known.gateway_id == gateway.id:
-            self._tell_standing(gateway, known)  # said again on a new link, or by a gateway that did not hear
-            return
+        if known is not None and known.gateway_id == gateway.id:
+            # Said again on a new link: the gateway did not hear where it stands.
+            if known.live:
+                self._tell_standing(gateway, known)
+                return
+            if known.reason == errors.GATEWAY_LOST and not known.reported:
+                gateway.tell(Revoked(known.id, known.lease, known.reason))
+                return
         refusal = self.gatekeeper.refusal(submission) or self._admit(gateway, submission)
         if refusal is not None:
             self.refused_by_reason[refusal.reason] += 1
