@@ -9,8 +9,8 @@ from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
 from lmesh_scheduler.gateways import Event, Gateway
 from lmesh_scheduler.inheritance import Inheritance
-from lmesh_scheduler.requests import Request, State, Submission, TimelineEvent
-from lmesh_scheduler.scheduler import Ending, Scheduler
+from lmesh_scheduler.requests import Ending, Request, State, Submission, TimelineEvent
+from lmesh_scheduler.scheduler import Scheduler
 
 INCARNATION = 1_900_000_000
 

@@ -59,6 +59,21 @@ class TestShares:
         bench.finish(placed(bench)[0].id, new=4000)
         assert bench.request("b2").lease  # the next place is B's, though 193 came before
 
+    def test_priorities_order_only_a_tenants_own(self) -> None:
+        bench = Bench(tenants=tenants(a=1.0, b=1.0), reserved_slots=0)
+        gateway = bench.gateway()
+        bench.worker(max_seqs=1)
+        bench.submit(gateway, "runs", tenant="a")
+        for i in range(3):
+            bench.submit(gateway, f"a{i}", tenant="a", priority=-i)
+        bench.submit(gateway, "b", tenant="b", priority=50)
+        order = []
+        while live := placed(bench):
+            order.append(live[0].id)
+            bench.finish(live[0].id)
+        assert [name for name in order if name.startswith("a")] == ["a2", "a1", "a0"]
+        assert order.index("b") <= 2
+
     def test_without_tenants_all_places_are_for_all(self) -> None:
         bench = Bench(slots_factor=2.0)
         gateway, worker = bench.gateway(), bench.worker(max_seqs=8)

@@ -190,9 +190,7 @@ class DispatchSession:
 
     def _announce(self, entry: Submitted, leg: Leg) -> None:
         self._outbox.announces.append(
-            Announce(
-                plan=entry.plan, leg=leg, started=entry.started, delivered_tokens=entry.listener.delivered_tokens
-            )
+            Announce(plan=entry.plan, leg=leg, started=entry.started, delivered_tokens=entry.listener.delivered_tokens)
         )
         if entry.leg is None:
             self._say_lost(entry)

@@ -21,6 +21,7 @@ __all__ = [
     "ModelUnusableError",
     "NoChatTemplateError",
     "NoWorkerError",
+    "NotSupportedError",
     "QueueFullError",
     "QueueTimeoutError",
     "QuotaExceededError",
@@ -212,6 +213,13 @@ class RequestEndedError(ServiceError):
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "REQUEST_ENDED"
+
+
+class NotSupportedError(ServiceError):
+    """Part of the API that no gateway serves yet; the message names it."""
+
+    code = StatusCode.UNIMPLEMENTED
+    reason = "NOT_SUPPORTED"
 
 
 class ResumedElsewhereError(ServiceError):

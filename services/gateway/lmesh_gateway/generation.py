@@ -82,6 +82,7 @@ class GenerationRequest:
     output: OutputOptions = field(default_factory=OutputOptions)
     deadline_s: float | None = None
     queue_timeout_s: float | None = None
+    priority: int = 0  # smaller is sooner
     tenant: str = ""
     traceparent: str = ""
 

@@ -114,6 +114,7 @@ class MeshGenerator:
             deadline_at=now + deadline_s,
             queue_deadline_at=now + min(deadline_s, _least(request.queue_timeout_s, self._limits.queue_timeout_s)),
             tenant=request.tenant,
+            priority=request.priority,
             traceparent=span.traceparent,
             created=created,
             cache_salt=cache_salt(request.tenant, key=self._cache_salt_key, model_digest=model.digest),

@@ -12,7 +12,7 @@ from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh_chassis import tracing
 
 from lmesh_gateway.authentication import caller
-from lmesh_gateway.errors import InvalidArgumentError, RequestNotFoundError
+from lmesh_gateway.errors import InvalidArgumentError, NotSupportedError, RequestNotFoundError
 from lmesh_gateway.generation import (
     Accepted,
     ChatPrompt,
@@ -74,6 +74,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 if response is not None:
                     await context.write(response)
 
+    async def Resume(self, request: pb.ResumeRequest, context: RpcContext) -> None:  # type: ignore[override]
+        """Not served yet."""
+        raise NotSupportedError("Resume is not supported yet; send the request again")
+
     async def Cancel(self, request: pb.CancelRequest, context: RpcContext) -> pb.CancelResponse:
         """Cancels a request of any client of the same tenant."""
         await self._registry.cancel(_known_id(request.request_id), caller.get())
@@ -97,6 +101,7 @@ def _known_id(request_id: str) -> str:
 
 
 def _request(request: pb.GenerateRequest, *, deadline_s: float | None) -> GenerationRequest:
+    _refuse_unbuilt(request)
     queue_timeout = request.queue_timeout.ToNanoseconds() / 1e9 if request.HasField("queue_timeout") else None
     return GenerationRequest(
         model=request.model,
@@ -107,9 +112,18 @@ def _request(request: pb.GenerateRequest, *, deadline_s: float | None) -> Genera
         output=_output(request.output),
         deadline_s=deadline_s,
         queue_timeout_s=queue_timeout,
+        priority=request.priority,
         tenant=caller.get(),
         traceparent=tracing.inject(),
     )
+
+
+def _refuse_unbuilt(request: pb.GenerateRequest) -> None:
+    """Named rather than ignored: a client that asks to be detached must not be cancelled instead."""
+    if request.on_disconnect == pb.ON_DISCONNECT_DETACH or request.HasField("detach_ttl"):
+        raise NotSupportedError("on_disconnect: DETACH is not supported yet; leave it out", field="on_disconnect")
+    if request.durability == pb.DURABILITY_SYNC:
+        raise NotSupportedError("durability: SYNC is not supported yet; leave it out", field="durability")
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:

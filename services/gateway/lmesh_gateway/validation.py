@@ -26,6 +26,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256  # the matcher looks at each possible start of a stop string after each token
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:~-]{1,128}")
 
 
@@ -146,6 +147,8 @@ def _check_output(output: OutputOptions) -> None:
 
 
 def _check_times(request: GenerationRequest) -> None:
+    if abs(request.priority) > MAX_PRIORITY:
+        raise _wrong("priority", f"must lie in -{MAX_PRIORITY}..{MAX_PRIORITY}, not {request.priority}")
     timeout = request.queue_timeout_s
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise _wrong("queue_timeout", f"must be longer than 0, not {timeout} s")

@@ -12,7 +12,7 @@ from lmesh_scheduler.shares import Shares
 FIRST_GUESS_MS, LEAST_MS, MOST_MS = 1000, 100, 30_000
 _NEWEST = 0.2  # weight of the newest interval in the queue's pace
 
-_Entry = tuple[int, float, int, Request]  # 0 for those placed before, deadline, order of arrival
+_Entry = tuple[int, int, float, int, Request]  # 0 for those placed before, priority, deadline, order of arrival
 
 
 class QueueFullError(RuntimeError):
@@ -45,20 +45,20 @@ class AdmissionQueue:
         """Queues a request: before its tenant's later deadlines, behind the earlier ones. Raises QueueFullError."""
         if self._waiting >= self._limit:
             raise QueueFullError(self._waiting, self._retry_after_ms())
-        self._insert(request, (1, request.deadline, next(self._arrivals), request))
+        self._insert(request, (1, request.submission.priority, request.deadline, next(self._arrivals), request))
 
     def add_first(self, request: Request) -> None:
         """Queues a request before its tenant's others. It was admitted before, so the bound is not asked."""
-        self._insert(request, (0, 0.0, -next(self._arrivals), request))
+        self._insert(request, (0, request.submission.priority, 0.0, -next(self._arrivals), request))
 
     def _insert(self, request: Request, entry: _Entry) -> None:
         self._waiting += 1
-        tenants = self._classes.setdefault(request.submission.priority, {})
+        tenants = self._classes.setdefault(self._class_of(request), {})
         insort(tenants.setdefault(request.submission.tenant, []), entry)
 
     def remove(self, request: Request) -> None:
         """Takes out a request that ended in the queue, or is placed."""
-        priority, tenant = request.submission.priority, request.submission.tenant
+        priority, tenant = self._class_of(request), request.submission.tenant
         own = self._classes[priority][tenant]
         own.pop(self._rank(own, request))
         self._waiting -= 1
@@ -66,6 +66,10 @@ class AdmissionQueue:
             del self._classes[priority][tenant]
         if not self._classes[priority]:
             del self._classes[priority]
+
+    def _class_of(self, request: Request) -> int:
+        """Among tenants a priority is for each one's own requests only: none may push itself before another."""
+        return 0 if self._shares.shared else request.submission.priority
 
     def next(self, eligible: Callable[[Request], bool]) -> Request | None:
         """The first request that may be placed now, left in its place."""
@@ -90,7 +94,7 @@ class AdmissionQueue:
 
     def position(self, request: Request) -> int:
         """About how many go before it, if nothing comes and nothing ends: tenants in turn, as if all cost the same."""
-        priority, tenant = request.submission.priority, request.submission.tenant
+        priority, tenant = self._class_of(request), request.submission.tenant
         sooner = sum(len(own) for p, tenants in self._classes.items() if p < priority for own in tenants.values())
         tenants, turns = self._classes[priority], self._turns(priority)
         rank, turn = self._rank(tenants[tenant], request), turns.index(tenant)

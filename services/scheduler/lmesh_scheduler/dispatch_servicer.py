@@ -17,8 +17,8 @@ from lmesh_scheduler.failover import Leg
 from lmesh_scheduler.fleet import CatalogEntry
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.journal import Journal, parse_timeline
-from lmesh_scheduler.requests import Request, State, Submission, TimelineEvent
-from lmesh_scheduler.scheduler import Ending, Scheduler
+from lmesh_scheduler.requests import Ending, Request, State, Submission, TimelineEvent
+from lmesh_scheduler.scheduler import Scheduler
 
 SERVICE_NAME = "lmesh.scheduler.v1.DispatchService"
 MAX_EVENTS = 100_000  # events that a gateway may leave unread

@@ -66,12 +66,12 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         reader = asyncio.create_task(self._read(worker, context))
         writer = asyncio.create_task(_write(worker, awake, context))
         closing = asyncio.create_task(self._closing.wait())
-        tasks = (reader, writer, closing)
+        tasks: tuple[asyncio.Task[Any], ...] = (reader, writer, closing)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (reader, writer):
-                if task.done():
-                    task.result()
+            for link in (reader, writer):
+                if link.done():
+                    link.result()
         finally:
             for task in tasks:
                 task.cancel()

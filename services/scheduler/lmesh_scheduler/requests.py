@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain
+from typing import NamedTuple
 
 from opentelemetry.trace import Span
 
@@ -109,6 +110,18 @@ class Request:
     def durable(self) -> bool:
         """Whether Redis holds this very state."""
         return self.durable_version == self.version
+
+
+class Ending(NamedTuple):
+    """A gateway's terminal report."""
+
+    request_id: str
+    lease: int
+    state: State
+    reason: str
+    completion_tokens: int
+    cached_tokens: int
+    events: list[TimelineEvent]
 
 
 class RequestTable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from lmesh_chassis import tracing
 from lmesh_chassis.tenants import Tenant
@@ -23,22 +22,10 @@ from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.limits import Limits
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
-from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent, TransitionError
+from lmesh_scheduler.requests import LIVE, Ending, Request, RequestTable, State, Submission, TransitionError
 from lmesh_scheduler.shares import Shares
 
 log = logging.getLogger(__name__)
-
-
-class Ending(NamedTuple):
-    """A gateway's terminal report."""
-
-    request_id: str
-    lease: int
-    state: State
-    reason: str
-    completion_tokens: int
-    cached_tokens: int
-    events: list[TimelineEvent]
 
 
 class Scheduler:

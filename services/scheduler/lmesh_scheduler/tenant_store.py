@@ -41,7 +41,7 @@ class TenantStore:
         """Takes over what an earlier scheduler left. Raises RedisError or OSError."""
         now = self._wall()
         for (tenant, what), bucket in self._limits.buckets.items():
-            found = cast("bytes | None", await self._redis.hget(tenant_key(tenant), what))  # type: ignore[misc]
+            found = cast("bytes | None", await self._redis.hget(tenant_key(tenant), what))
             if found is not None:
                 level, at = map(float, found.split())
                 bucket.level = level + max(0.0, now - at) * bucket.rate  # the next look caps it

@@ -34,6 +34,7 @@ class SamplingBody(_Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
+    priority: int | None = Field(0, description="smaller is sooner, -100 to 100; among tenants only each one's own")
     max_tokens: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None

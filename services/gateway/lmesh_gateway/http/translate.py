@@ -68,6 +68,7 @@ def chat_request(body: ChatBody, envelope: Envelope) -> GenerationRequest:
             keep_special_tokens=body.skip_special_tokens is False,
         ),
         deadline_s=envelope.deadline_s,
+        priority=body.priority or 0,
         tenant=envelope.tenant,
         traceparent=envelope.traceparent,
     )
@@ -94,6 +95,7 @@ def completion_requests(body: CompletionBody, envelope: Envelope) -> list[Genera
             stops=_stops(body, limit),
             output=output,
             deadline_s=envelope.deadline_s,
+            priority=body.priority or 0,
             tenant=envelope.tenant,
             traceparent=envelope.traceparent,
         )

@@ -37,7 +37,6 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "presence_penalty": (0, 0.0),
-    "priority": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "repetition_penalty": (1, 1.0),
