@@ -7,9 +7,11 @@ PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 MEMBERS  := protos kernels[torch] services/chassis services/gateway services/scheduler services/worker cli
 PACKAGES := $(foreach m,protos kernels services/chassis services/gateway services/scheduler services/worker cli,$(m)/pyproject.toml)
 PROTOS    = $(shell cd protos && find lmesh -name '*.proto' | sort)
+FOR  ?= 600
+SEED ?= 0
 QUESTION := What is the capital of France?
 
-.PHONY: help demo up down gen lint type test test-full test-gpu bench install install-dev clean
+.PHONY: help demo up down gen lint type test test-full test-gpu chaos bench install install-dev clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,6 +51,9 @@ test-full: install-dev ## with the long matrix
 
 test-gpu: install-dev ## what needs a CUDA device
 	$(BIN)/python -P -m pytest -m gpu $(ARGS)
+
+chaos: install-dev ## seeded lives of a mesh on virtual time; FOR=600 (seconds), SEED=0 (the first)
+	CHAOS_SECONDS=$(FOR) CHAOS_SEED=$(SEED) $(BIN)/python -P -m pytest -s tests/chaos/test_simulation.py $(ARGS)
 
 bench: install-dev ## W1-W3 through transformers, the engine and the mesh; one JSON line a case
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lmesh_chassis.tenants import Tenant
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Heartbeat, Held, Hello, ModelDescriptor, Worker
 from lmesh_scheduler.gateways import Event, Gateway
@@ -44,7 +45,9 @@ def hello(
 class Bench:
     """A scheduler, its clock, and what was journaled and told."""
 
-    def __init__(self, *, inherited: Inheritance | None = None, **changes: float) -> None:
+    def __init__(
+        self, *, inherited: Inheritance | None = None, tenants: dict[str, Tenant] | None = None, **changes: float
+    ) -> None:
         self.now = 1000.0
         self.journaled: list[tuple[str, State]] = []
         self.settings = SchedulerSettings(**{"slots_factor": 1.0, **changes})  # type: ignore[arg-type]
@@ -55,6 +58,7 @@ class Bench:
             wall=lambda: 1e9 + self.now,
             journal=lambda r: self.journaled.append((r.id, r.state)),
             inherited=inherited,
+            tenants=tenants,
         )
         self.beating: list[Worker] = []
 
@@ -70,9 +74,9 @@ class Bench:
         fields = {"prompt_ids": (1, 2, 3), "max_tokens": 8, **changes}
         self.core.submit(gateway, Submission(request_id=request_id, model=model, **fields))  # type: ignore[arg-type]
 
-    def finish(self, request_id: str, *, state: State = State.FINISHED, lease: int | None = None) -> None:
+    def finish(self, request_id: str, *, state: State = State.FINISHED, lease: int | None = None, new: int = 5) -> None:
         held = self.request(request_id).lease if lease is None else lease
-        self.core.finished(Ending(request_id, held, state, "", 5, 2, [TimelineEvent(1e9 + self.now, "first_token")]))
+        self.core.finished(Ending(request_id, held, state, "", new, 2, [TimelineEvent(1e9 + self.now, "first_token")]))
 
     def request(self, request_id: str) -> Request:
         found = self.core.requests.find(request_id)

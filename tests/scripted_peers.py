@@ -197,6 +197,10 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         self.records: dict[str, Record] = {}
         self.cancels: list[str] = []
         self.workers_lost: list[str] = []
+        self.legs_lost: list[dp.LegLost] = []
+        self.announces: list[dp.Announce] = []
+        self.takeovers: list[dp.TakeOver] = []
+        self.incarnation = 1
         self.react: Callable[[Record], None] = self.place
         self._outboxes: dict[str, list[dp.DispatchResponse]] = {}  # by gateway
         self._break = asyncio.Event()
@@ -244,7 +248,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
     def place(self, record: Record) -> None:
         if not record.lease:
             self._leases += 1
-            record.lease, record.state = self._leases, "PLACED"
+            record.lease, record.state, record.started = self._leases, "PLACED", 0
         leg = dp.Leg(
             role=dp.ROLE_UNIFIED,
             worker_id=self.worker.worker_id,
@@ -253,6 +257,20 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             lease=record.lease,
         )
         self.tell(record.gateway_id, placed=[dp.Placed(request_id=record.submit.request_id, legs=[leg])])
+
+    def requeue(self, record: Record, reason: str = "WORKER_LOST") -> None:
+        """Takes the lease back; `place` gives the next one."""
+        request_id = record.submit.request_id
+        revoked = dp.Revoked(request_id=request_id, lease=record.lease, reason=reason, requeued=True)
+        record.lease, record.state = 0, "QUEUED"
+        self.tell(record.gateway_id, revoked=[revoked])
+
+    def restart(self) -> None:
+        """As after a kill -9: it knows no request, and begins under a new incarnation."""
+        self.incarnation += 1
+        self.records.clear()
+        self._outboxes.clear()
+        self.break_stream()
 
     def catalog(self) -> model_pb2.ModelCatalog:
         model = self.model
@@ -271,7 +289,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
     async def Dispatch(self, request_iterator: Any, context: Any) -> None:
         gateway_id = (await context.read()).hello.gateway_id
         broken = self._break
-        await context.write(dp.DispatchResponse(hello=dp.SchedulerHello(incarnation=1)))
+        await context.write(dp.DispatchResponse(hello=dp.SchedulerHello(incarnation=self.incarnation)))
         self._outboxes.setdefault(gateway_id, []).insert(0, dp.DispatchResponse(catalog=self.catalog()))
         for record in self.records.values():  # the standing of what lives, as the real one tells it
             if record.gateway_id == gateway_id and record.state == "PLACED" and not record.finished:
@@ -292,15 +310,34 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
 
     async def _read(self, context: Any, gateway_id: str) -> None:
         while (request := await context.read()) is not grpc.aio.EOF:
-            for submit in request.submits:
-                self._submit(submit, gateway_id)
-            for started in request.started:
-                self.records[started.request_id].started += 1
-            for finished in request.finished:
-                self.records[finished.request_id].finished.append(finished)
-            self.cancels += [cancel.request_id for cancel in request.cancels]
-            self.workers_lost += [lost.worker_id for lost in request.workers_lost]
+            self._take(request, gateway_id)
             self.changes.note()
+
+    def _take(self, request: dp.DispatchRequest, gateway_id: str) -> None:
+        for announce in request.announces:
+            self.announces.append(announce)
+            record = Record(announce.submit, gateway_id, announce.leg.lease, "PLACED")
+            self.records.setdefault(announce.submit.request_id, record)
+        for takeover in request.takeovers:
+            self.takeovers.append(takeover)
+            self.records.pop(takeover.submit.request_id, None)
+            self._submit(takeover.submit, gateway_id)
+        for submit in request.submits:
+            self._submit(submit, gateway_id)
+        for started in request.started:
+            self.records[started.request_id].started += 1
+        for lost in request.legs_lost:
+            self._lose(lost)
+        for finished in request.finished:
+            self.records[finished.request_id].finished.append(finished)
+        self.cancels += [cancel.request_id for cancel in request.cancels]
+        self.workers_lost += [lost.worker_id for lost in request.workers_lost]
+
+    def _lose(self, lost: dp.LegLost) -> None:
+        self.legs_lost.append(lost)
+        record = self.records[lost.request_id]
+        if record.lease == lost.lease:
+            record.lease, record.state = 0, "QUEUED"
 
     def _submit(self, submit: dp.Submit, gateway_id: str) -> None:
         if submit.request_id in self.records:

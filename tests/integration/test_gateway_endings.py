@@ -184,56 +184,6 @@ class TestLinks:
         running.give([1], LENGTH)
         assert (await call).ids[0] == [1]
 
-    async def test_worker_lost_by_the_scheduler(self, scene: Scene) -> None:
-        call = asyncio.create_task(failure(scene.generate()))
-        (await scene.worker.sequence(0)).give([5])
-        record = await scene.scheduler.record()
-        await scene.scheduler.changes.until(lambda: record.started)
-        revoked = dp.Revoked(request_id=record.submit.request_id, lease=record.lease, reason="WORKER_LOST")
-        scene.scheduler.tell(revoked=[revoked])
-        error, seen = await call
-        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-        assert list(seen[1].delta.token_ids) == [5]
-
-    async def test_worker_lost_on_its_link(self, served: ServedText) -> None:
-        async with opened(served, run_resume_grace_s=0.3) as scene:
-            call = asyncio.create_task(failure(scene.generate()))
-            (await scene.worker.sequence(0)).give([5])
-            record = await scene.scheduler.record()
-            await scene.scheduler.changes.until(lambda: record.started)
-            await scene.worker.close()
-            error, seen = await call
-            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-            assert list(seen[1].delta.token_ids) == [5]
-            finished = await scene.scheduler.ended()
-            assert (finished.outcome, finished.reason) == (dp.OUTCOME_FAILED, "WORKER_LOST")
-            await scene.scheduler.changes.until(lambda: scene.scheduler.workers_lost == ["worker-1"])
-
-    async def test_worker_of_another_boot(self, scene: Scene) -> None:
-        scene.worker.refuse = grpc.StatusCode.FAILED_PRECONDITION
-        error, _ = await failure(scene.generate())
-        assert error.reason == "WORKER_LOST"
-        scene.worker.refuse = None
-        call = asyncio.create_task(collect(scene.generate()))
-        (await scene.worker.sequence(0)).give([1], LENGTH)
-        assert (await call).ids[0] == [1]
-
-    async def test_session_that_the_worker_dropped(self, scene: Scene) -> None:
-        begun = asyncio.create_task(failure(scene.generate()))
-        (await scene.worker.sequence(0)).give([1])
-        await scene.scheduler.begun()
-        scene.worker.refuse = grpc.StatusCode.OUT_OF_RANGE
-        await scene.worker.break_stream()
-        error, _ = await begun
-        assert error.reason == "WORKER_LOST"
-        assert not scene.scheduler.workers_lost  # it lives
-        scene.worker.refuse = None
-        scene.worker.forget_steps()
-        call = asyncio.create_task(collect(scene.generate()))
-        (await scene.worker.sequence(1)).give([2], LENGTH)
-        assert (await call).ids[0] == [2]
-        assert scene.worker.hellos[-1].resume_after_step_seq == 0
-
     async def test_dispatch_broken_while_running_and_queued(self, scene: Scene) -> None:
         runs = asyncio.create_task(collect(scene.generate(request_id="runs")))
         running = await scene.worker.sequence(0)

@@ -196,6 +196,10 @@ class Owner:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.delivered_tokens = 0
+
+    def on_requeued(self) -> None:
+        self.told.append("requeued")
 
     def on_admitted(self) -> None:
         self.told.append("admitted")

@@ -15,7 +15,8 @@ from lmesh_chassis.errors import RemoteError, from_rpc_error
 from lmesh_chassis.links import Link
 from lmesh_chassis.tls import PLAIN, Tls
 
-from lmesh_gateway.dispatch_session import DispatchBatch, DispatchSession
+from lmesh_gateway.dispatch_batch import Announce, DispatchBatch, TakeOver
+from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.errors import (
     DOMAIN,
     CancelledError,
@@ -93,14 +94,26 @@ class DispatchLink:
         self._session.submit(plan, listener)
         self._link.wake()
 
+    def take_over(self, plan: Plan, listener: PlacementListener, owner_epoch: int) -> None:
+        """Asks for a request that another gateway holds. Raises as `submit`."""
+        if not self.connected:
+            raise SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)
+        self._session.take_over(plan, listener, owner_epoch)
+        self._link.wake()
+
     def withdraw(self, request_id: str) -> None:
-        """A request that was not placed is no longer wanted."""
+        """A request that is not placed now is no longer wanted."""
         self._session.withdraw(request_id)
         self._link.wake()
 
     def started(self, request_id: str, lease: int) -> None:
         """The first output of a request has come."""
         self._session.started(request_id, lease)
+        self._link.wake()
+
+    def leg_lost(self, request_id: str, lease: int, reason: str) -> None:
+        """A placement is lost and its request goes on."""
+        self._session.leg_lost(request_id, lease, reason)
         self._link.wake()
 
     def finished(self, report: Report) -> None:
@@ -151,7 +164,7 @@ class DispatchLink:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
-        self._session.connected()
+        self._session.connected(first.hello.incarnation)
         self._on_message(first)
 
     def _on_message(self, message: dispatch_pb2.DispatchResponse) -> None:
@@ -162,7 +175,7 @@ class DispatchLink:
         for placed in message.placed:
             self._session.on_placed(placed.request_id, _leg(placed.legs[0]))
         for revoked in message.revoked:
-            self._session.on_revoked(revoked.request_id, revoked.lease, revoked.reason)
+            self._session.on_revoked(revoked.request_id, revoked.lease, revoked.reason, revoked.requeued)
         for expired in message.expired:
             self._session.on_expired(expired.request_id, expired.queued)
         for refused in message.refused:
@@ -184,10 +197,37 @@ def _request(batch: DispatchBatch) -> dispatch_pb2.DispatchRequest:
         started=[dispatch_pb2.Started(request_id=request_id, lease=lease) for request_id, lease in batch.started],
         finished=[_finished(report) for report in batch.finished],
         workers_lost=[dispatch_pb2.WorkerLost(worker_id=w, epoch=epoch) for w, epoch in batch.workers_lost],
+        legs_lost=[
+            dispatch_pb2.LegLost(request_id=lost.request_id, lease=lost.lease, reason=lost.reason)
+            for lost in batch.legs_lost
+        ],
+        announces=[_announce(announce) for announce in batch.announces],
+        takeovers=[_takeover(takeover) for takeover in batch.takeovers],
     )
 
 
-def _submit(plan: Plan) -> dispatch_pb2.Submit:
+def _announce(announce: Announce) -> dispatch_pb2.Announce:
+    leg = announce.leg
+    return dispatch_pb2.Announce(
+        submit=_submit(announce.plan, delivered_tokens=announce.delivered_tokens, waits=False),
+        leg=dispatch_pb2.Leg(
+            role=dispatch_pb2.ROLE_UNIFIED,
+            worker_id=leg.worker_id,
+            epoch=leg.epoch,
+            address=leg.address,
+            lease=leg.lease,
+        ),
+        started=announce.started,
+    )
+
+
+def _takeover(takeover: TakeOver) -> dispatch_pb2.TakeOver:
+    submit = _submit(takeover.plan, delivered_tokens=takeover.delivered_tokens)
+    return dispatch_pb2.TakeOver(submit=submit, owner_epoch=takeover.owner_epoch)
+
+
+def _submit(plan: Plan, *, delivered_tokens: int = 0, waits: bool = True) -> dispatch_pb2.Submit:
+    """`waits`: its queue timeout still counts; what was placed once is not to be dropped for waiting again."""
     return dispatch_pb2.Submit(
         request_id=plan.request_id,
         model=plan.model.id,
@@ -195,10 +235,12 @@ def _submit(plan: Plan) -> dispatch_pb2.Submit:
         max_tokens=plan.params.max_tokens,
         n=plan.n,
         deadline_ms=_remaining_ms(plan.deadline_at),
-        queue_timeout_ms=_remaining_ms(plan.queue_deadline_at),
+        queue_timeout_ms=_remaining_ms(plan.queue_deadline_at) if waits else 0,
         tenant=plan.tenant,
+        priority=plan.priority,
         traceparent=plan.traceparent,
         cache_salt=plan.cache_salt,
+        delivered_tokens=delivered_tokens,
     )
 
 

@@ -23,9 +23,12 @@ __all__ = [
     "NoWorkerError",
     "QueueFullError",
     "QueueTimeoutError",
+    "QuotaExceededError",
+    "RateLimitedError",
     "RequestEndedError",
     "RequestNotFoundError",
     "RequestTooLargeError",
+    "ResumedElsewhereError",
     "SchedulerUnavailableError",
     "ServiceError",
     "TemplateFailedError",
@@ -128,6 +131,22 @@ class QueueFullError(ServiceError):
     retryable = True
 
 
+class RateLimitedError(ServiceError):
+    """The tenant sends requests or tokens faster than it may."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "RATE_LIMITED"
+    retryable = True
+
+
+class QuotaExceededError(ServiceError):
+    """The tenant has as many requests waiting or running as it may."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUOTA_EXCEEDED"
+    retryable = True
+
+
 class NoWorkerError(ServiceError):
     """No worker can take the request now."""
 
@@ -145,7 +164,7 @@ class SchedulerUnavailableError(ServiceError):
 
 
 class WorkerLostError(ServiceError):
-    """The worker that ran the request is gone."""
+    """The worker that ran the request is gone, and no other one could take the request over."""
 
     code = StatusCode.UNAVAILABLE
     reason = "WORKER_LOST"
@@ -193,3 +212,10 @@ class RequestEndedError(ServiceError):
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "REQUEST_ENDED"
+
+
+class ResumedElsewhereError(ServiceError):
+    """The request goes on in a stream that was opened later, by Resume."""
+
+    code = StatusCode.ABORTED
+    reason = "RESUMED_ELSEWHERE"

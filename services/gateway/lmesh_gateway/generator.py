@@ -15,11 +15,12 @@ from lmesh_chassis.errors import ServiceError
 from lmesh_gateway.cache_salt import cache_salt
 from lmesh_gateway.errors import DrainingError, QueueFullError
 from lmesh_gateway.generation import Event, GenerationRequest, ModelDirectory, ServedModel
-from lmesh_gateway.live_request import LiveRequest, WorkerPort
+from lmesh_gateway.live_request import LiveRequest
 from lmesh_gateway.metrics import LIVE, RequestMetrics
 from lmesh_gateway.placement import SchedulerPort
 from lmesh_gateway.plan import Plan, SequenceParams
 from lmesh_gateway.prompts import PromptBuilder
+from lmesh_gateway.running_leg import WorkerPort
 from lmesh_gateway.spans import RequestSpan
 from lmesh_gateway.validation import check_against_model, check_request
 

@@ -27,6 +27,7 @@ GENERATION_TOKENS = Histogram(
 FAILED = Counter("lmesh:request_failures", "Requests that ended otherwise, by error reason.", (*_MODEL, "reason"))
 LIVE = Gauge("lmesh:live_requests", "Requests between acceptance and end.", multiprocess_mode="livesum")
 UNAUTHENTICATED = Counter("lmesh:unauthenticated", "Calls refused for want of a known API key.", ["face"])
+REPLACED = Counter("lmesh:replaced_requests", "Requests that went on under a new placement, having lost theirs.")
 DROPPED_OUTPUTS = Counter("lmesh:dropped_outputs", "Worker outputs under a lease that is not held any more.")
 
 

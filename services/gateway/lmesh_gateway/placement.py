@@ -83,7 +83,16 @@ class PlacementListener(Protocol):
         ...
 
     def on_placed(self, leg: Leg) -> None:
-        """A worker is to run it."""
+        """A worker is to run it; whatever ran under an earlier lease is not to be heard any more."""
+        ...
+
+    def on_requeued(self) -> None:
+        """Its placement was taken back and it waits for the next one."""
+        ...
+
+    @property
+    def delivered_tokens(self) -> int:
+        """New tokens so far, over all choices."""
         ...
 
     def on_ended(self, error: ServiceError, outcome: Outcome) -> None:
@@ -104,6 +113,10 @@ class SchedulerPort(Protocol):
 
     def started(self, request_id: str, lease: int) -> None:
         """Its first output has come."""
+        ...
+
+    def leg_lost(self, request_id: str, lease: int, reason: str) -> None:
+        """Its placement is lost, once a placement; the next one comes by itself. `reason` is for the timeline."""
         ...
 
     def finished(self, report: Report) -> None:

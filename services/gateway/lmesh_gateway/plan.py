@@ -38,3 +38,4 @@ class Plan:
     traceparent: str
     created: float
     cache_salt: str = ""  # derived from the tenant: tenants must not learn each other's prompts from the cache's speed
+    priority: int = 0  # smaller is sooner

@@ -165,6 +165,7 @@ def _start(slot: Slot) -> run_pb2.Start:
         params=_params(start.params),
         cache_salt=start.cache_salt,
         traceparent=start.traceparent,
+        priority=start.priority,
     )
 
 

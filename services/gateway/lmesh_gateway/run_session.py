@@ -21,6 +21,7 @@ _MAX_IDS = 1_000_000
 _ACK_EVERY = 16
 # A sequence that had not begun when its session was dropped is begun anew this often.
 _MOST_RESTARTS = 2
+_ENGINE_DIED = "ENGINE_DIED"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,8 +157,9 @@ class RunSession:
         self._starts.append(slot)
 
     def _lose(self, slot: Slot, error: ServiceError) -> None:
+        # The loss of one choice may have dropped another one of this very round, which then has gone already.
         self._slots.forget(slot)
-        if not slot.sent:
+        if slot in self._starts:
             self._starts.remove(slot)
         listener, slot.listener = slot.listener, None
         if listener is not None:
@@ -192,16 +194,17 @@ class RunSession:
         if entry.output.finish is SequenceFinish.ABORTED:
             return self._lost("dropped the request")
         if entry.output.finish is SequenceFinish.ERROR:
-            if entry.error_reason == "ENGINE_DIED":
-                return self._lost("lost its engine")
+            if entry.error_reason == _ENGINE_DIED:
+                return self._lost("lost its engine", _ENGINE_DIED)
             return self._failed(entry.error_message or "it gave no reason", entry.error_reason)
         if entry.output.ids and entry.start_pos != slot.next_pos:
             text = f"it sent ids for position {entry.start_pos} where {slot.next_pos} was due"
             return self._failed(text, "POSITION_MISMATCH")
         return None
 
-    def _lost(self, what: str) -> WorkerLostError:
-        return WorkerLostError(f"worker {self.worker_id} {what}", metadata={"worker_id": self.worker_id})
+    def _lost(self, what: str, worker_reason: str = "") -> WorkerLostError:
+        metadata = {"worker_id": self.worker_id} | ({"worker_reason": worker_reason} if worker_reason else {})
+        return WorkerLostError(f"worker {self.worker_id} {what}", metadata=metadata)
 
     def _failed(self, text: str, reason: str) -> WorkerFailedError:
         metadata = {"worker_id": self.worker_id, "worker_reason": reason}

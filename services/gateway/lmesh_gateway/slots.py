@@ -36,6 +36,7 @@ class SequenceStart:
     params: SequenceParams
     cache_salt: str
     traceparent: str
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +112,14 @@ class SlotTable:
 
     def close(self, slot: Slot) -> None:
         """Its sequence has ended in the worker, or was never sent: the number is free."""
-        if self._slots.pop(slot.number, None) is slot:
+        if self._slots.get(slot.number) is slot:
+            del self._slots[slot.number]
             self._free.append(slot.number)
 
     def forget(self, slot: Slot) -> None:
         """Nobody knows whether the worker has it: the number is never used again."""
-        self._slots.pop(slot.number, None)
+        if self._slots.get(slot.number) is slot:
+            del self._slots[slot.number]
 
     def renumber(self, slot: Slot) -> None:
         """A fresh number for a sequence whose start may have been lost; the old one is never used again."""

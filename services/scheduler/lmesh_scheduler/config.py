@@ -15,7 +15,9 @@ class SchedulerSettings(ChassisSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path/to/socket
     redis_timeout_s: float = 2.0
     max_queue: int = 1024  # requests waiting for one model
-    slots_factor: float = 2.0  # sequences placed on a worker, in multiples of what one step holds
+    slots_factor: float = 2.0  # sequences placed on a worker, in multiples of what one step holds; 1 with tenants
+    tenants_file: str = ""  # who may call, at what share and within which limits; see docs/security.md
+    reserved_slots: int = 1  # of a worker, kept for tenants that have nothing placed, where there are several
     heartbeat_interval_s: float = 1.0
     lease_ttl_s: float = 5.0  # a worker is lost when no heartbeat came for this long
     gateway_grace_s: float = 10.0  # how long a gateway whose link broke may come back to its queued requests
@@ -33,6 +35,8 @@ class SchedulerSettings(ChassisSettings):
             raise ValueError("lease_ttl_s must be longer than heartbeat_interval_s")
         if self.gateway_lost_s < self.gateway_grace_s:
             raise ValueError("gateway_lost_s must not be shorter than gateway_grace_s")
+        if self.reserved_slots < 0:
+            raise ValueError("reserved_slots must not be negative")
         if self.max_placements < 1:
             raise ValueError("max_placements must be at least 1")
         if self.slots_factor <= 0 or self.max_queue < 1 or self.journal_limit < 1 or self.ended_kept < 0:

@@ -13,6 +13,7 @@ from lmesh_scheduler.fleet import Fleet, Held, Worker
 from lmesh_scheduler.gateways import Event, Gateway, Queued, Refused, Revoked
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.requests import Request, RequestTable, State
+from lmesh_scheduler.shares import Shares
 
 Tell = Callable[[Request, Event], None]
 
@@ -54,13 +55,14 @@ class Failover:
         fleet: Fleet,
         placements: Placements,
         deadlines: Deadlines,
+        shares: Shares,
         clock: Callable[[], float],
         tell: Tell,
         end: Callable[[Request, State, str], None],
     ) -> None:
         self._settings = settings
         self._requests, self._fleet, self._placements, self._deadlines = requests, fleet, placements, deadlines
-        self._clock, self._tell, self._end = clock, tell, end
+        self._shares, self._clock, self._tell, self._end = shares, clock, tell, end
         self._awaited: dict[tuple[str, str], _Awaited] = {}
         self._unannounced: dict[int, _Unannounced] = {}  # by lease
         self.replaced = 0  # placements that were lost and their requests queued again
@@ -77,6 +79,7 @@ class Failover:
         worker = self._fleet.find(request.worker_id, request.epoch)
         if worker is not None:
             worker.take_back(request.id)
+        self._shares.release(request)
         self.replaced += 1
         self._requests.move(request, State.QUEUED, {"reason": reason, "worker_id": request.worker_id})
         request.lost_lease, request.lost_reason = lease, reason
@@ -113,6 +116,8 @@ class Failover:
         """A request that its gateway announced goes on under the lease of an earlier scheduler."""
         request.lease, request.worker_id, request.epoch, request.placements = leg.lease, leg.worker_id, leg.epoch, 1
         self._requests.adopt(request, started=started)
+        self._shares.enter(request.submission.tenant)
+        self._shares.charge(request)
         self._deadlines.add(request)
         worker = self._fleet.find(leg.worker_id, leg.epoch)
         if worker is not None:
@@ -180,6 +185,8 @@ class Failover:
             return
         if old is not None and old.live:
             self._part(old)
+        else:
+            self._shares.enter(request.submission.tenant)
         self._requests.hand_over(old, request, {"gateway_id": gateway.id})
         self._deadlines.add(request)
         self._placements.add_first(request)
@@ -190,6 +197,8 @@ class Failover:
         """Takes a live request from its worker or the queue, and from its gateway."""
         if old.state is State.QUEUED:
             self._placements.withdraw(old)
+        else:
+            self._shares.release(old)
         worker = self._fleet.find(old.worker_id, old.epoch) if old.lease else None
         if worker is not None:
             worker.take_back(old.id)

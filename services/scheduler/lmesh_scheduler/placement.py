@@ -13,6 +13,7 @@ class RequestView:
     model: str
     sequences: int  # choices
     prompt_tokens: int
+    reserve: int = 0  # places of each worker that are not for this request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,4 +52,4 @@ def _cost(request: RequestView, worker: WorkerView) -> float:
 
 
 def _has_room(worker: WorkerView, request: RequestView) -> bool:
-    return worker.placed == 0 or worker.placed + request.sequences <= worker.max_placed
+    return worker.placed == 0 or worker.placed + request.sequences <= max(1, worker.max_placed - request.reserve)

@@ -11,6 +11,7 @@ from lmesh_scheduler.fleet import Fleet, Worker
 from lmesh_scheduler.placement import RequestView, WorkerView, place
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of, granules_of
 from lmesh_scheduler.requests import Request
+from lmesh_scheduler.shares import Shares
 
 
 class Placements:
@@ -24,10 +25,14 @@ class Placements:
         incarnation: int,
         clock: Callable[[], float],
         index: PrefixIndex,
+        shares: Shares,
         eligible: Callable[[Request], bool],
         grant: Callable[[Request, Worker], None],
     ) -> None:
         self._settings, self._fleet, self._clock, self._index = settings, fleet, clock, index
+        self._shares = shares
+        # With several tenants a worker gets no more than it can run at once: what waits, waits here, where it is fair.
+        self._slots_factor = min(1.0, settings.slots_factor) if shares.shared else settings.slots_factor
         self._eligible, self._grant = eligible, grant
         self._queues: dict[str, AdmissionQueue] = {}
         # Incarnations are not behind the clock's seconds and grow with every boot, so even a count that runs over
@@ -51,18 +56,22 @@ class Placements:
 
     def add(self, request: Request) -> int:
         """Queues a request; returns how many go before it. Raises QueueFullError."""
-        model = request.submission.model
-        if model not in self._queues:
-            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
-        self._queues[model].add(request)
+        self._queue(request).add(request)
         return self.position(request)
 
     def add_first(self, request: Request) -> None:
         """Queues a request again that has lost its worker, before the others."""
+        self._queue(request).add_first(request)
+
+    def _queue(self, request: Request) -> AdmissionQueue:
         model = request.submission.model
         if model not in self._queues:
-            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._clock)
-        self._queues[model].add_first(request)
+            self._queues[model] = AdmissionQueue(self._settings.max_queue, self._shares, self._clock)
+        return self._queues[model]
+
+    def waiting_of(self, tenant: str) -> int:
+        """How many requests of a tenant wait."""
+        return sum(queue.of_tenant(tenant) for queue in self._queues.values())
 
     def position(self, request: Request) -> int:
         """How many go before a queued request."""
@@ -75,20 +84,30 @@ class Placements:
     def place(self, model: str) -> None:
         """Grants leases to one model's requests in order, as far as its workers have room."""
         queue = self._queues.get(model)
-        while queue is not None and (request := queue.next(self._eligible)) is not None:
+        blocked: set[str] = set()  # tenants whose next request finds no room, though another's may
+        while queue is not None and (request := queue.next(lambda r: self._next(r, blocked))) is not None:
             worker = self._choose(request)
             if worker is None:
-                return
+                blocked.add(request.submission.tenant)
+                continue
             queue.take(request)
             self._lease(request, worker)
             self._grant(request, worker)
+
+    def _next(self, request: Request, blocked: set[str]) -> bool:
+        return request.submission.tenant not in blocked and self._eligible(request)
 
     def _choose(self, request: Request) -> Worker | None:
         model = request.submission.model
         workers = self._fleet.serving(model)
         if len(workers) > 1 and request.granules is None:  # with one there is no choice, so nothing to hash
             request.granules = granules_of(request.submission, workers[0].hello.model)
-        view = RequestView(model=model, sequences=request.submission.n, prompt_tokens=request.prompt_tokens)
+        view = RequestView(
+            model=model,
+            sequences=request.submission.n,
+            prompt_tokens=request.prompt_tokens,
+            reserve=self._settings.reserved_slots if self._shares.yields(request.submission.tenant) else 0,
+        )
         worker_id = place(view, (self._view(w, request) for w in workers))
         return None if worker_id is None else self._fleet.find(worker_id)
 
@@ -96,7 +115,7 @@ class Placements:
         model = worker.hello.model
         found = self._index.leading(boot_of(worker.hello), request.granules or ())
         cached = found * model.kv_granule_blocks * model.block_size
-        return replace(worker.view(self._settings.slots_factor), cached_tokens=cached)
+        return replace(worker.view(self._slots_factor), cached_tokens=cached)
 
     def _lease(self, request: Request, worker: Worker) -> None:
         self.made += 1
@@ -105,3 +124,4 @@ class Placements:
         request.placements += 1
         request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
         worker.give(request.id, request.submission.n)
+        self._shares.charge(request)

@@ -85,6 +85,7 @@ class Request:
     placements: int = 0  # leases that it was given so far
     lost_lease: int = 0  # the last one that it lost, and why
     lost_reason: str = ""
+    charged: float = 0.0  # tokens that its tenant was charged in advance and that are not set right yet
     owner_epoch: int = 0  # of the ledger, when it has changed hands
     reason: str = ""
     completion_tokens: int = 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lmesh_chassis import tracing
+from lmesh_chassis.tenants import Tenant
 
 from lmesh_scheduler import errors
 from lmesh_scheduler.admission import QueueFullError
@@ -17,15 +17,16 @@ from lmesh_scheduler.deadlines import Deadlines
 from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.failover import Failover, Leg
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
+from lmesh_scheduler.gatekeeper import Gatekeeper
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.inheritance import Inheritance
+from lmesh_scheduler.limits import Limits
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
 from lmesh_scheduler.requests import LIVE, Request, RequestTable, State, Submission, TimelineEvent, TransitionError
+from lmesh_scheduler.shares import Shares
 
 log = logging.getLogger(__name__)
-
-RETRY_MS = 1000
 
 
 class Ending(NamedTuple):
@@ -55,6 +56,7 @@ class Scheduler:
         wall: Callable[[], float],
         journal: Callable[[Request], None],
         inherited: Inheritance | None = None,
+        tenants: Mapping[str, Tenant] | None = None,
     ) -> None:
         self._settings = settings
         self._clock, self._wall = clock, wall
@@ -64,6 +66,7 @@ class Scheduler:
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
         self.index = PrefixIndex(clock)
+        self.shares, self.limits = Shares(tenants or {}), Limits(tenants or {}, clock)
         self.gateways = Gateways(grace_s=settings.gateway_grace_s, lost_s=settings.gateway_lost_s, clock=clock)
         self.placements = Placements(
             settings,
@@ -71,16 +74,28 @@ class Scheduler:
             incarnation=incarnation,
             clock=clock,
             index=self.index,
+            shares=self.shares,
             eligible=self._owner_listens,
             grant=self._granted,
         )
         self._deadlines = Deadlines()
+        self.gatekeeper = Gatekeeper(
+            settings,
+            requests=self.requests,
+            fleet=self.fleet,
+            placements=self.placements,
+            shares=self.shares,
+            limits=self.limits,
+            clock=clock,
+            wall=wall,
+        )
         self.failover = Failover(
             settings,
             requests=self.requests,
             fleet=self.fleet,
             placements=self.placements,
             deadlines=self._deadlines,
+            shares=self.shares,
             clock=clock,
             tell=self._tell_owner,
             end=self._end,
@@ -90,7 +105,6 @@ class Scheduler:
         for boot, hashes in inherited.index.items():
             self.index.restore(boot, hashes)
         self._settled = self.fleet.settled
-        self.draining = False
         self.refused_by_reason: Counter[str] = Counter()
 
     # -- gateways
@@ -136,18 +150,20 @@ class Scheduler:
         if known is not None and known.live and known.gateway_id == gateway.id:
             self._tell_standing(gateway, known)  # said again on a new link, or by a gateway that did not hear
             return
-        refusal = self._refusal(submission) or self._admit(gateway, submission)
+        refusal = self.gatekeeper.refusal(submission) or self._admit(gateway, submission)
         if refusal is not None:
             self.refused_by_reason[refusal.reason] += 1
             gateway.tell(refusal)
 
     def _admit(self, gateway: Gateway, submission: Submission) -> Refused | None:
-        request = self._request(gateway, submission)
+        request = self.gatekeeper.request(gateway, submission)
         try:
             position = self.placements.add(request)
         except QueueFullError as error:
             return Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", error.retry_after_ms)
         self.requests.add(request)
+        self.shares.enter(submission.tenant)
+        self.limits.admitted(submission.tenant, request.prompt_tokens)
         self._deadlines.add(request)
         request.span = tracing.start_span(
             tracing.SCHEDULER_QUEUE,
@@ -158,40 +174,11 @@ class Scheduler:
         self.placements.place(submission.model)
         return None
 
-    def _refusal(self, submission: Submission) -> Refused | None:
-        request_id, model = submission.request_id, submission.model
-        if not request_id:
-            return Refused(request_id, errors.INVALID_ARGUMENT, "request_id must not be empty", 0)
-        found = self.requests.find(request_id)
-        if found is not None:
-            message = (
-                f"request id {request_id} is {'live' if found.live else 'one of an ended request'}; choose another"
-            )
-            return Refused(request_id, errors.DUPLICATE_REQUEST_ID, message, 0)
-        if self.draining:
-            return Refused(request_id, errors.DRAINING, "the scheduler is leaving; try again", RETRY_MS)
-        if self._abandoned(model):
-            known = ", ".join(e.model.id for e in self.fleet.catalog()) or "none"
-            return Refused(request_id, errors.MODEL_NOT_FOUND, f"no worker serves {model!r}; served: {known}", 0)
-        return None
-
-    def _request(self, gateway: Gateway, submission: Submission) -> Request:
-        now, wall = self._clock(), self._wall()
-        deadline_s, queue_s = submission.deadline_s, submission.queue_timeout_s
-        return Request(
-            submission=submission,
-            gateway_id=gateway.id,
-            prompt_tokens=len(submission.prompt_ids),
-            deadline=now + deadline_s if deadline_s else math.inf,
-            queue_deadline=now + queue_s if queue_s else math.inf,
-            expires_at=wall + deadline_s if deadline_s else 0.0,
-        )
-
     def announce(self, gateway: Gateway, submission: Submission, leg: Leg, *, started: bool) -> None:
         """A gateway tells a request that an earlier scheduler placed; what is known already is told back."""
         known = self.requests.find(submission.request_id)
         if known is None:
-            self.failover.adopt(self._request(gateway, submission), leg, started=started)
+            self.failover.adopt(self.gatekeeper.request(gateway, submission), leg, started=started)
         elif known.gateway_id == gateway.id:
             self._tell_standing(gateway, known)
         else:
@@ -199,11 +186,10 @@ class Scheduler:
 
     def take_over(self, gateway: Gateway, submission: Submission, owner_epoch: int) -> None:
         """A gateway carries on what another one held, or itself without a client."""
-        if self.draining:
-            text = "the scheduler is leaving; try again"
-            gateway.tell(Refused(submission.request_id, errors.DRAINING, text, RETRY_MS))
+        if self.gatekeeper.draining:
+            gateway.tell(self.gatekeeper.leaving(submission.request_id))
             return
-        request = self._request(gateway, submission)
+        request = self.gatekeeper.request(gateway, submission)
         request.owner_epoch = owner_epoch
         self.failover.take_over(gateway, request)
 
@@ -237,12 +223,16 @@ class Scheduler:
         request = self.requests.find(ending.request_id)
         if request is None or request.lease != ending.lease or not ending.lease:
             return
+        first = not request.reported
         self.requests.report(
             request,
             completion_tokens=ending.completion_tokens,
             cached_tokens=ending.cached_tokens,
             events=ending.events,
         )
+        if first:
+            self.shares.settle(request)
+            self.limits.generated(request.submission.tenant, ending.completion_tokens)
         if request.live:
             self._end(request, ending.state, ending.reason)
 
@@ -330,9 +320,11 @@ class Scheduler:
             request.reason = reason
         self.requests.move(request, state, {"reason": reason} if reason else {})
         self._end_span(request, state.value.lower())
+        self.shares.leave(request)
         if was_queued:
             self.placements.withdraw(request)
             return
+        self.shares.release(request)
         worker = self.fleet.find(request.worker_id, request.epoch)
         if worker is not None:
             worker.take_back(request.id)
@@ -370,16 +362,13 @@ class Scheduler:
         for request in self._deadlines.due(self._clock()):
             self._expire(request)
         for model in self.placements.models():
-            if self._abandoned(model):
+            if self.gatekeeper.abandoned(model):
                 self._revoke_waiting(model, errors.WORKER_LOST)
 
     def _expire(self, request: Request) -> None:
         queued = request.state is State.QUEUED
         self._end(request, State.EXPIRED, "")
         self._tell_owner(request, Expired(request.id, queued))
-
-    def _abandoned(self, model: str) -> bool:
-        return not self.fleet.serves(model) and not self.fleet.awaited(model, self._settings.model_grace_s)
 
     def _drop_requests_of(self, gateway: Gateway, states: frozenset[State]) -> None:
         for request in self.requests.of_gateway(gateway.id):
@@ -390,7 +379,7 @@ class Scheduler:
 
     def drain(self) -> None:
         """Nothing new from here on; what was admitted is still placed and ends by itself."""
-        self.draining = True
+        self.gatekeeper.draining = True
 
     def revoke_queued(self) -> None:
         """Ends what no worker took while draining; what runs goes on without a scheduler."""

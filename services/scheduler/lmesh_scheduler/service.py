@@ -11,6 +11,7 @@ from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis import tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
+from lmesh_chassis.tenants import load_tenants
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -26,6 +27,7 @@ from lmesh_scheduler.inheritance import Inheritance, read_inheritance
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.scripts import FencedError, next_incarnation
+from lmesh_scheduler.tenant_store import TenantStore
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,12 @@ class SchedulerService:
             wall=time.time,
             journal=self._journal.note,
             inherited=inherited,
+            tenants=load_tenants(settings.tenants_file) if settings.tenants_file else None,
         )
         self._store = FleetStore(redis, incarnation=incarnation, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
         ttl_s = max(60.0, 4 * settings.lease_ttl_s)
         self._index_store = IndexStore(redis, self.scheduler.index, incarnation=incarnation, ttl_s=ttl_s)
+        self._tenant_store = TenantStore(redis, self.scheduler.limits, incarnation=incarnation, wall=time.time)
         self._dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
         self._fleet = fleet_servicer.FleetServicer(
             self.scheduler, settings, clock=time.monotonic, journal_ok=lambda: self._journal.ok
@@ -90,6 +94,10 @@ class SchedulerService:
                     await page.close()
 
     async def _serve(self, shutdown: Shutdown) -> int:
+        try:
+            await self._tenant_store.read()
+        except (RedisError, OSError) as error:
+            self._journal.heard(False, str(error))
         work = [asyncio.create_task(w) for w in (self._journal.run(), self._tick(), self._write_fleet())]
         asked = asyncio.create_task(shutdown.wait())
         leaving: asyncio.Task[None] | None = None
@@ -138,6 +146,7 @@ class SchedulerService:
             try:
                 await self._store.write(self.scheduler.fleet.workers())
                 await self._index_store.write()
+                await self._tenant_store.write()
             except (RedisError, OSError) as error:
                 self._journal.heard(False, str(error))
             else:
