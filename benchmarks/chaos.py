@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: nothing of the checkout may hide an installed package
 
 from tests.chaos.real_mesh import real_mesh
-from tests.chaos.rounds import BLOWS, STREAMS, WORDS, Round, play, undisturbed
+from tests.chaos.rounds import KINDS, STREAMS, WORDS, Round, play, undisturbed
 from tests.tiny_model import save_tiny_llama
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=300)
-    parser.add_argument("--kinds", nargs="*", choices=sorted(BLOWS), default=sorted(BLOWS))
+    parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), default=sorted(KINDS))
     options = parser.parse_args()
     rounds: list[Round] = []
     began = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.chaos.real_mesh import RealMesh, until
-from tests.chaos.streams import Received, crowd, request, run
+from tests.chaos.streams import RESUMES, Received, crowd, request, run
 
 FELT_S = 0.5
 PROBES = 8  # connections; that all of them get to one of two gateway processes is unlikely enough
@@ -45,6 +45,8 @@ BLOWS: dict[str, Blow] = {
     "redis": _kill_redis,
     "engine": _stop_engine,
 }
+# A stream whose gateway dies is gone until Resume can take it up.
+KINDS = tuple(kind for kind in BLOWS if RESUMES or kind != "gateway")
 WORDS = {
     "worker": "kill -9 of a worker",
     "scheduler": "kill -9 of the scheduler",

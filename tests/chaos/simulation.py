@@ -13,7 +13,6 @@ from unittest import mock
 
 import grpc
 import redis
-from lmesh_gateway.servicer import InferenceServicer
 from lmesh_scheduler.config import SchedulerSettings
 
 from tests.chaos import faults
@@ -23,10 +22,10 @@ from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.owed import broken_promise
 from tests.chaos.sim_redis import SimStore
+from tests.chaos.streams import RESUMES
 from tests.chaos.virtual_loop import Process, virtual_time
 from tests.chaos.wires import Net, Status, Weather
 
-RESUMES = "Resume" in vars(InferenceServicer)
 REPLACES = "max_placements" in SchedulerSettings.__dataclass_fields__
 BROKEN = Status(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 BOOKS_EVERY = 20  # instants

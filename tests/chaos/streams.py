@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import grpc
 from lmesh.inference.v1 import inference_pb2 as pb
@@ -17,6 +18,8 @@ from tests.chaos.real_mesh import MODEL
 RETRY_S = 0.2
 _OWN = [("grpc.use_local_subchannel_pool", 1)]
 TIMEOUT_S = 120.0
+# Requests outlive their gateway from the day on that there is a ledger to resume them from.
+RESUMES = find_spec("lmesh_gateway.ledger") is not None
 # Nothing was decided by these: the connection or the process behind it has gone.
 BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE})
 
@@ -28,7 +31,7 @@ def request(name: str, *, greedy: bool, n: int = 1, max_tokens: int = 300) -> pb
         text=pb.TextInput(prompt=f"Once upon a time, {name}"),
         sampling=pb.SamplingParams(temperature=0.0 if greedy else 1.0, seed=sum(name.encode()), n=n),
         stop=pb.StopParams(max_tokens=max_tokens, ignore_eos=True),
-        on_disconnect=pb.ON_DISCONNECT_DETACH,
+        on_disconnect=pb.ON_DISCONNECT_DETACH if RESUMES else pb.ON_DISCONNECT_UNSPECIFIED,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.real_mesh import RealMesh, real_mesh
-from tests.chaos.rounds import STREAMS, play, undisturbed
+from tests.chaos.rounds import KINDS, STREAMS, play, undisturbed
 from tests.tiny_model import save_tiny_llama
 
 MAX_TOKENS = 300
@@ -25,7 +25,7 @@ def due(mesh: RealMesh) -> dict[int, list[list[list[int]]]]:
     return {count: undisturbed(mesh, count, MAX_TOKENS) for count in sorted(set(STREAMS.values()))}
 
 
-@pytest.mark.parametrize("kind", ["worker", "scheduler", "gateway", "redis", "engine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_streams_survive(mesh: RealMesh, due: dict[int, list[list[list[int]]]], kind: str) -> None:
     found = play(mesh, kind, 1, due[STREAMS[kind]], MAX_TOKENS)
     assert found.good, found
