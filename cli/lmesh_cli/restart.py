@@ -16,7 +16,7 @@ class RestartPolicy:
     def __init__(
         self,
         *,
-        first_s: float = 0.5,
+        first_s: float = 0.1,
         most_s: float = 15.0,
         limit: int = 6,
         first_limit: int = 2,

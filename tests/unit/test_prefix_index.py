@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from lmesh_kernels.blocks import prefix_hashes, root_hash
-from lmesh_scheduler.fleet import Heartbeat, ModelDescriptor
+from lmesh_scheduler.fleet import ModelDescriptor
 from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.prefix_index import PENDING_S, Delta, PrefixIndex, granules_of
 from lmesh_scheduler.requests import Submission
@@ -153,17 +153,19 @@ class TestPlacement:
         assert {bench.request(f"r{i}").worker_id for i in range(8)} == {"w1"}
 
     def test_a_new_scheduler_knows_what_the_last_one_wrote(self) -> None:
+        """And waits a moment for the worker that holds it, rather than give it to whoever comes first."""
         submission = Submission(request_id="r", model="m", prompt_ids=self.PROMPT, max_tokens=1)
         boots = {("w1", "e1"): "m", ("w2", "e1"): "m", ("w3", "e1"): "m"}
         hashes = set(granules_of(submission, hello(cached=CACHED).model))
         bench = Bench(slots_factor=2.0, inherited=Inheritance(fleet=boots, index={("w2", "e1"): hashes}))
         gateway = bench.gateway()
-        for worker_id in ("w1", "w2"):
-            bench.worker(worker_id, max_seqs=8, cached=CACHED)
+        bench.worker("w1", max_seqs=8, cached=CACHED)
         bench.submit(gateway, "r", prompt_ids=self.PROMPT)
+        bench.pass_time(0.5)
+        assert not bench.request("r").lease
+        bench.worker("w2", max_seqs=8, cached=CACHED)
+        assert not bench.request("r").lease
+        bench.pass_time(0.5)
         assert bench.request("r").worker_id == "w2"
         bench.pass_time(6)
         assert bench.core.index.boots() == [("w2", "e1"), ("w1", "e1")]
-        worker = bench.core.fleet.find("w2")
-        assert worker is not None
-        bench.core.worker_beat(worker, Heartbeat(), draining=False)

@@ -193,7 +193,7 @@ class TestRestart:
         assert told(gateway) == [Queued("r", 0)]
         assert not bench.core.fleet.settled
         bench.worker("w1")
-        assert bench.state("r") is State.PLACED
+        assert bench.state("r") is State.PLACED  # all of its model's workers are back
         assert not bench.core.fleet.settled
         gateway.catalog_due = False
         bench.pass_time(5.5)

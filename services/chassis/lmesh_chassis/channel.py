@@ -48,7 +48,7 @@ def connect(
         ("grpc.primary_user_agent", domain),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.max_reconnect_backoff_ms", 500),
         ("grpc.enable_retries", 1 if retries else 0),
     ]
     if retries:

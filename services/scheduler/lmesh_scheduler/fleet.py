@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from lmesh_scheduler.errors import ModelConflictError, WorkerIdInUseError
 from lmesh_scheduler.placement import WorkerView
 
+GATHER_S = 1.0  # workers try again every half second at the latest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescriptor:
@@ -130,19 +132,25 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._created: dict[str, float] = {}
         self._left: dict[str, float] = {}  # models without a worker, and since when
-        self._expected: set[str] = set()  # workers that an earlier scheduler had, and until when they are waited for
-        self._expected_until = -math.inf
+        # Workers that an earlier scheduler had, with their models, and since when they are waited for.
+        self._expected: dict[str, str] = {}
+        self._expected_since = -math.inf
 
     def expect(self, models: Mapping[str, str]) -> None:
         """An earlier scheduler had these workers (id: model) a moment ago: they are about to join again."""
-        self._expected = set(models)
-        self._expected_until = self._clock() + self._lease_ttl_s
+        self._expected = dict(models)
+        self._expected_since = self._clock()
         self._left.update(dict.fromkeys(models.values(), self._clock()))
 
     @property
     def settled(self) -> bool:
         """Whether all have joined again that are expected, or had their time: only then the catalog means something."""
-        return not self._expected or self._clock() >= self._expected_until
+        return not self._expected or self._clock() - self._expected_since >= self._lease_ttl_s
+
+    def gathering(self, model_id: str) -> bool:
+        """Whether workers of a model are about to come back: whoever came first would get what another has cached."""
+        waited = self._clock() - self._expected_since
+        return waited < GATHER_S and model_id in self._expected.values()
 
     def workers(self) -> list[Worker]:
         """All, by id."""
@@ -179,7 +187,7 @@ class Fleet:
         if before and replaced is None:  # the same boot on a new link: an object of its own, so that links differ
             worker.placements, worker.placed, worker.heartbeat = before.placements, before.placed, before.heartbeat
             worker.revoked = before.revoked
-        self._expected.discard(hello.worker_id)
+        self._expected.pop(hello.worker_id, None)
         self._workers[hello.worker_id] = worker
         self._created.setdefault(hello.model.id, self._wall())
         self._left.pop(hello.model.id, None)

@@ -83,6 +83,8 @@ class Placements:
 
     def place(self, model: str) -> None:
         """Grants leases to one model's requests in order, as far as its workers have room."""
+        if self._fleet.gathering(model):
+            return
         queue = self._queues.get(model)
         blocked: set[str] = set()  # tenants whose next request finds no room, though another's may
         while queue is not None and (request := queue.next(lambda r: self._next(r, blocked))) is not None:

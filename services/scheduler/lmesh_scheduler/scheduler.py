@@ -345,6 +345,9 @@ class Scheduler:
         for gateway in self.gateways.lost():
             self._drop_requests_of(gateway, LIVE)
         self.failover.tick()
+        if not self._settled:
+            for model in self.placements.models():
+                self.placements.place(model)
         if self.fleet.settled and not self._settled:
             self._settled = True
             self._catalog_changed()
