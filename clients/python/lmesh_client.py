@@ -104,7 +104,11 @@ def resume(stub: InferenceServiceStub, question: str) -> None:
     cursor = sum(len(event.delta.token_ids) for event in first_delta(call))
     call.cancel()  # as a broken connection would
     print(f"\n-- lost the stream after {cursor} tokens --")
-    show(stub.Resume(pb.ResumeRequest(request_id=request.request_id, cursor=[cursor]), timeout=TIMEOUT_S, metadata=METADATA))
+    show(
+        stub.Resume(
+            pb.ResumeRequest(request_id=request.request_id, cursor=[cursor]), timeout=TIMEOUT_S, metadata=METADATA
+        )
+    )
 
 
 def first_delta(call: Iterator[pb.GenerateResponse]) -> Iterator[pb.GenerateResponse]:
