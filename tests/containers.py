@@ -1,4 +1,4 @@
-"""A mesh in containers for tests: docker-compose.yml under a project name of its own, on free ports, removed at the end."""
+"""A mesh in containers for tests: docker-compose.yml under its own project name, on free ports, removed at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the deployment files say, read for tests: compose, Dockerfiles, Kubernetes manifests, and the services' settings."""
+"""What compose, Dockerfiles and Kubernetes manifests say, read for tests, and the services' settings beside them."""
 
 from __future__ import annotations
 
