@@ -73,15 +73,19 @@ cancel() { # ends a request from another call, by its id; its own stream then en
 }
 
 resume() { # breaks off a stream that was detached from its client, and asks for the rest of it
-    local id event cursor reader
+    local id event cursor reader ended
     id=$(new_id)
+    ended=$(mktemp)
     local detached='"on_disconnect": "ON_DISCONNECT_DETACH", "detach_ttl": "60s"'
     exec 3< <(exec buf curl --schema "$schema" --protocol grpc --http2-prior-knowledge \
         ${LMESH_API_KEY:+--header "x-api-key: $LMESH_API_KEY"} \
         --data "$(request "$1" "{\"request_id\": \"$id\", $detached}")" \
-        "http://$target/lmesh.inference.v1.InferenceService/Generate" 2>/dev/null)
+        "http://$target/lmesh.inference.v1.InferenceService/Generate" 2>"$ended")
     reader=$!
-    event=$(jq --compact-output --null-input 'first(inputs | select(.delta.tokenIds))' <&3)
+    if ! event=$(jq --compact-output --null-input 'first(inputs | select(.delta.tokenIds))' <&3) || [ -z "$event" ]; then
+        show_error <"$ended" >&2
+        return 1
+    fi
     cursor=$(jq '.delta.tokenIds | length' <<<"$event")
     show <<<"$event"
     kill "$reader" 2>/dev/null || true # as a broken connection would
