@@ -38,6 +38,13 @@ def docker(*words: str, timeout: float = 120, env: dict[str, str] | None = None)
     return done.stdout
 
 
+def logged(container: str) -> list[dict[str, Any]]:
+    """The container's log records; services log to stderr, and what is no record comes from others."""
+    command = ["docker", "logs", container]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 @dataclass(frozen=True)
 class ComposeMesh:
     """A mesh that runs in containers."""
@@ -56,14 +63,9 @@ class ComposeMesh:
         """Containers by the address that each told the scheduler, running ones only."""
         found = {}
         for container in self.containers("worker"):
-            lines = docker("logs", container).splitlines()
-            ready = [r for r in map(_record, lines) if r.get("message") == "ready"]
+            ready = [record for record in logged(container) if record["message"] == "ready"]
             found[ready[-1]["address"]] = container
         return found
-
-
-def _record(line: str) -> dict[str, Any]:
-    return json.loads(line) if line.startswith("{") else {}
 
 
 @contextmanager
