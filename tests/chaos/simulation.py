@@ -192,8 +192,8 @@ class Simulation:
             Habit(
                 gateways=tuple(gateways),
                 begin_s=rng.uniform(0.8, self._shape.busy_s),
-                detach=habit == "away" or rng.random() < 0.3,
-                sync=rng.random() < 0.3,
+                detach=(habit == "away" or rng.random() < 0.3) and RESUMES,
+                sync=rng.random() < 0.3 and RESUMES,
                 think_s=rng.choice((0.0, 0.0, 0.05)),
                 **times,
             ),
