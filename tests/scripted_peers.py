@@ -340,7 +340,11 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             record.lease, record.state = 0, "QUEUED"
 
     def _submit(self, submit: dp.Submit, gateway_id: str) -> None:
-        if submit.request_id in self.records:
+        known = self.records.get(submit.request_id)
+        if known is not None and known.gateway_id == gateway_id and known.state == "QUEUED":
+            self.tell(gateway_id, queued=[dp.Queued(request_id=submit.request_id)])  # said again on a new link
+            return
+        if known is not None:
             refused = dp.Refused(request_id=submit.request_id, reason="DUPLICATE_REQUEST_ID", message="it is live")
             self.tell(gateway_id, refused=[refused])
             return

@@ -255,9 +255,18 @@ class TestDispatchSession:
         session.connected()
         batch = session.collect()
         assert batch is not None and [p.request_id for p in batch.submits] == ["r"]
-        session.on_refused("r", "DUPLICATE_REQUEST_ID", "live", 0)  # the scheduler had it all along
+        session.on_queued("r")  # the scheduler had it all along
         session.on_placed("r", LEG)
-        assert owner.told == ["placed 7"]
+        assert owner.told == ["admitted", "placed 7"]
+
+    def test_an_id_that_is_another_gateways_is_told(self) -> None:
+        """Also on a second stream: what the scheduler has under the id is not this gateway's."""
+        session, owner = self.opened()
+        session.broken()
+        session.connected()
+        session.collect()
+        session.on_refused("r", "DUPLICATE_REQUEST_ID", "live", 0)
+        assert owner.told == ["FAILED DUPLICATE_REQUEST_ID"]
 
     def test_an_end_before_the_repeat_goes_out(self) -> None:
         for happen, cancels in ((lambda s: s.on_expired("r", True), []), (lambda s: s.withdraw("r"), ["r"])):
