@@ -24,6 +24,11 @@ class GatewaySettings(ChassisSettings):
     max_requests: int = 4096  # live requests of one process; more are refused
     run_resume_grace_s: float = 5.0  # how long a broken Run link may take to come back before its worker counts as lost
     scheduler_grace_s: float = 10.0  # how long requests that wait for a worker survive without a scheduler
+    redis_url: str = ""  # the token ledger's; empty: none is kept, and no request can be resumed at another gateway
+    redis_timeout_s: float = 2.0
+    ledger_ttl_s: float = 3600.0  # how long a request can be resumed after its last change
+    ledger_max_entries: int = 4096  # requests that may wait to be written while Redis is away
+    ledger_max_bytes: int = 64 * 2**20  # and their ids
     http_head_timeout_s: float = 10.0  # from a connection's start, or a request's, to the end of its headers
     drain_linger_s: float = 0.5  # after SIGTERM, how long new requests are still answered, with DRAINING
     tenants_file: str = ""  # who may call, with which API keys; empty: everybody, with none
@@ -35,6 +40,8 @@ class GatewaySettings(ChassisSettings):
         """Checks across fields; ValueError stops the boot."""
         if self.processes < 1 or self.tokenizer_threads < 1 or self.template_processes < 1:
             raise ValueError("processes, tokenizer_threads and template_processes must be at least 1")
+        if min(self.redis_timeout_s, self.ledger_ttl_s, self.ledger_max_entries, self.ledger_max_bytes) <= 0:
+            raise ValueError("redis_timeout_s, ledger_ttl_s, ledger_max_entries and ledger_max_bytes must be positive")
         if self.http_head_timeout_s <= 0:
             raise ValueError("http_head_timeout_s must be positive")
         if self.default_deadline_s <= 0 or self.default_queue_timeout_s <= 0 or self.max_requests < 1:

@@ -101,6 +101,10 @@ class DispatchLink:
         self._session.take_over(plan, listener, owner_epoch)
         self._link.wake()
 
+    def disown(self, request_id: str) -> None:
+        """The request is another gateway's now."""
+        self._session.disown(request_id)
+
     def withdraw(self, request_id: str) -> None:
         """A request that is not placed now is no longer wanted."""
         self._session.withdraw(request_id)

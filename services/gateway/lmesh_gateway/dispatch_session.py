@@ -106,6 +106,12 @@ class DispatchSession:
         if entry.sent or entry.held is not None:
             self._outbox.cancels.append(request_id)
 
+    def disown(self, request_id: str) -> None:
+        """A request is another owner's now: nothing is said of it."""
+        entry = self._forget(request_id, None)
+        if entry is not None:
+            self._unsay(entry)
+
     def cancel(self, request_id: str) -> None:
         """Cancels a request of another gateway."""
         self._outbox.cancels.append(request_id)

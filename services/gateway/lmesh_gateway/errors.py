@@ -16,12 +16,14 @@ __all__ = [
     "DuplicateRequestIdError",
     "InternalError",
     "InvalidArgumentError",
+    "LedgerBehindError",
+    "LedgerDisabledError",
+    "LedgerUnavailableError",
     "ModelLoadingError",
     "ModelNotFoundError",
     "ModelUnusableError",
     "NoChatTemplateError",
     "NoWorkerError",
-    "NotSupportedError",
     "QueueFullError",
     "QueueTimeoutError",
     "QuotaExceededError",
@@ -215,11 +217,27 @@ class RequestEndedError(ServiceError):
     reason = "REQUEST_ENDED"
 
 
-class NotSupportedError(ServiceError):
-    """Part of the API that no gateway serves yet; the message names it."""
+class LedgerBehindError(ServiceError):
+    """The cursor is ahead of what the ledger has of the request; metadata `have` says how many ids of each choice."""
 
-    code = StatusCode.UNIMPLEMENTED
-    reason = "NOT_SUPPORTED"
+    code = StatusCode.ABORTED
+    reason = "LEDGER_BEHIND"
+    retryable = True
+
+
+class LedgerDisabledError(ServiceError):
+    """What was asked for needs a ledger, and this gateway has none: its setting redis_url is empty."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "LEDGER_DISABLED"
+
+
+class LedgerUnavailableError(ServiceError):
+    """The ledger does not answer, or has no room for a request that may not go on without it."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "LEDGER_UNAVAILABLE"
+    retryable = True
 
 
 class ResumedElsewhereError(ServiceError):

@@ -21,6 +21,7 @@ from lmesh_gateway.generation import Generator, ModelDirectory
 from lmesh_gateway.generator import Limits, MeshGenerator
 from lmesh_gateway.http.keys import KeyedApp
 from lmesh_gateway.http_server import Asgi, HttpServer, bind
+from lmesh_gateway.ledger import Ledger, LedgerLimits
 from lmesh_gateway.models import CatalogDirectory
 from lmesh_gateway.prompts import PromptBuilder
 from lmesh_gateway.run_links import RunLinks
@@ -56,6 +57,16 @@ class Gateway:
             on_worker_lost=self._dispatch.worker_lost,
             tls=self._tls,
         )
+        self._ledger = Ledger(
+            settings.redis_url,
+            self.gateway_id,
+            LedgerLimits(
+                ttl_s=settings.ledger_ttl_s,
+                max_entries=settings.ledger_max_entries,
+                max_bytes=settings.ledger_max_bytes,
+                timeout_s=settings.redis_timeout_s,
+            ),
+        )
         self._prompts = PromptBuilder(
             TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
             threads=settings.tokenizer_threads,
@@ -65,6 +76,7 @@ class Gateway:
             prompts=self._prompts,
             scheduler=self._dispatch,
             workers=self._runs,
+            ledger=self._ledger,
             limits=Limits(
                 deadline_s=settings.default_deadline_s,
                 queue_timeout_s=settings.default_queue_timeout_s,
@@ -121,6 +133,7 @@ class Gateway:
             self._page = await metrics.serve(
                 settings.metrics_port, host=settings.metrics_host, healthy=lambda: self.ready
             )
+        self._ledger.start()
         self._dispatch.open()
 
     @property
@@ -136,8 +149,10 @@ class Gateway:
         # A client that has not heard of it yet is told DRAINING, not cut off by a closing listener.
         await asyncio.sleep(self._settings.drain_linger_s)
         await asyncio.gather(self._grpc.drain(self._settings.drain_timeout_s), self._drain_http())
+        self.generator.abandon()
         await self._runs.close()
         await self._dispatch.close()
+        await self._ledger.close()
         await self.directory.close()
         await self._prompts.close()
         if self._page is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from lmesh_kernels.text.generation import GenerationDefaults
 from lmesh_kernels.text.tokenizer import TextTokenizer
 
+DETACH_TTL_S = 60.0  # of a request that is to outlive its client and does not say for how long
 FinishReason = Literal["stop", "length"]
 
 
@@ -83,8 +84,19 @@ class GenerationRequest:
     deadline_s: float | None = None
     queue_timeout_s: float | None = None
     priority: int = 0  # smaller is sooner
+    detach_ttl_s: float | None = None  # None: cancelled when its client goes away; else it runs on for so long
+    sync: bool = False  # ids are shown when the ledger has them
     tenant: str = ""
     traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeRequest:
+    """Asks for the rest of a request. `cursor` is how many ids of each choice were received; missing ones are 0."""
+
+    request_id: str
+    cursor: tuple[int, ...] = ()
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +168,7 @@ class Finish:
 
     choices: tuple[ChoiceEnd, ...]
     usage: Usage
+    durable: bool = False  # the ledger holds all of it
 
 
 Event: TypeAlias = Accepted | Delta | ChoiceEnd | Finish
@@ -170,6 +183,13 @@ class Generator(Protocol):
         Nothing happens before the first `anext`. Closing the iterator (`aclose`, or cancelling the task that awaits
         it) cancels the request. Any failure is raised as a ServiceError; what was yielded before it stays valid.
         A slow reader gets fewer, larger Deltas, and keeps nobody else waiting.
+        """
+        ...
+
+    def resume(self, request: ResumeRequest) -> AsyncGenerator[Event, None]:
+        """As `generate`, from the cursor on, of a request that lives or ended lately; whoever read it before is ended.
+
+        What came before has no log-probabilities. Closing the iterator does what the request asked for.
         """
         ...
 

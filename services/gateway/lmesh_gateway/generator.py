@@ -8,21 +8,30 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from lmesh_chassis import logs
 from lmesh_chassis.errors import ServiceError
 
 from lmesh_gateway.cache_salt import cache_salt
-from lmesh_gateway.errors import DrainingError, QueueFullError
-from lmesh_gateway.generation import Event, GenerationRequest, ModelDirectory, ServedModel
-from lmesh_gateway.live_request import LiveRequest
-from lmesh_gateway.metrics import LIVE, RequestMetrics
+from lmesh_gateway.errors import DrainingError, LedgerDisabledError, QueueFullError
+from lmesh_gateway.generation import Event, GenerationRequest, ModelDirectory, ResumeRequest, ServedModel
+from lmesh_gateway.ledger import Ledger
+from lmesh_gateway.live_request import LiveRequest, Parts
+from lmesh_gateway.live_table import LiveTable
+from lmesh_gateway.metrics import RequestMetrics
+from lmesh_gateway.outbox import ClientOutbox
 from lmesh_gateway.placement import SchedulerPort
 from lmesh_gateway.plan import Plan, SequenceParams
 from lmesh_gateway.prompts import PromptBuilder
+from lmesh_gateway.resume import Ended, Records, Resumer
 from lmesh_gateway.running_leg import WorkerPort
 from lmesh_gateway.spans import RequestSpan
 from lmesh_gateway.validation import check_against_model, check_request
+
+
+class Scheduler(SchedulerPort, Records, Protocol):
+    """Places requests, and keeps records of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,60 +51,87 @@ class MeshGenerator:
         *,
         directory: ModelDirectory,
         prompts: PromptBuilder,
-        scheduler: SchedulerPort,
+        scheduler: Scheduler,
         workers: WorkerPort,
+        ledger: Ledger,
         limits: Limits,
         cache_salt_key: str = "",
     ) -> None:
         self._directory = directory
         self._prompts = prompts
-        self._scheduler = scheduler
-        self._workers = workers
         self._limits = limits
         self._cache_salt_key = cache_salt_key
-        self._live = 0
+        self._table = LiveTable()
+        self._parts = Parts(scheduler=scheduler, workers=workers, ledger=ledger, on_closed=self._table.closed)
+        self._resumer = Resumer(
+            self._parts,
+            self._table,
+            directory,
+            scheduler,
+            queue_timeout_s=limits.queue_timeout_s,
+            salt_key=cache_salt_key,
+        )
         self.draining = False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `generation.Generator.generate`."""
         self._admit()
-        metrics, span = RequestMetrics(), RequestSpan(request)
-        self._live += 1
-        LIVE.inc()
-        try:
-            live = await self._submitted(request, metrics, span)
-            try:
-                async with aclosing(live.outbox.events()) as events:
-                    async for event in events:
-                        yield event
-            finally:
-                live.leave()
-        finally:
-            self._live -= 1
-            LIVE.dec()
-            span.end()
+        live, outbox = await self._submitted(request)
+        async with aclosing(_streamed(live, outbox)) as events:
+            async for event in events:
+                yield event
+
+    async def resume(self, request: ResumeRequest) -> AsyncGenerator[Event, None]:
+        """See `generation.Generator.resume`."""
+        self._admit()
+        found = await self._resumer.take_up(request)
+        if isinstance(found, Ended):
+            for event in found.events:
+                yield event
+            if found.error is not None:
+                raise found.error
+            return
+        async with aclosing(_streamed(found.request, found.outbox)) as events:
+            async for event in events:
+                yield event
+
+    def abandon(self) -> None:
+        """This process leaves, and no client is left: what was detached goes on at whichever gateway resumes it."""
+        self._table.abandon()
 
     def _admit(self) -> None:
         if self.draining:
             raise DrainingError("this gateway is leaving; try again", retry_after_ms=1000)
-        if self._live >= self._limits.max_requests:
-            raise QueueFullError(f"this gateway runs {self._live} requests already; try again", retry_after_ms=1000)
+        if len(self._table) >= self._limits.max_requests:
+            text = f"this gateway runs {len(self._table)} requests already; try again"
+            raise QueueFullError(text, retry_after_ms=1000)
 
-    async def _submitted(self, request: GenerationRequest, metrics: RequestMetrics, span: RequestSpan) -> LiveRequest:
+    async def _submitted(self, request: GenerationRequest) -> tuple[LiveRequest, ClientOutbox]:
+        metrics, span = RequestMetrics(), RequestSpan(request)
+        self._table.enter()
         try:
             plan = await self._plan(request, metrics, span)
             span.planned(plan)
-            live = LiveRequest(plan, scheduler=self._scheduler, workers=self._workers, metrics=metrics, span=span)
+            live = LiveRequest(plan, self._parts, metrics=metrics, span=span)
+            outbox = live.attach()
             live.submit()
-        except ServiceError as error:
-            metrics.failed(error.reason)
-            span.failed(error.reason)
+        except BaseException as error:
+            if isinstance(error, ServiceError):
+                metrics.failed(error.reason)
+                span.failed(error.reason)
+            span.end()
+            self._table.leave()
             raise
-        return live
+        self._table.put(live)
+        return live, outbox
 
     async def _plan(self, request: GenerationRequest, metrics: RequestMetrics, span: RequestSpan) -> Plan:
         now, created = time.monotonic(), time.time()
         check_request(request)
+        if request.sync and not self._parts.ledger.enabled:
+            raise LedgerDisabledError(
+                "durability: SYNC needs a ledger, and this gateway keeps none", field="durability"
+            )
         model = self._directory.get(request.model)
         metrics.named(model.id)
         request_id = request.request_id or str(uuid.uuid4())
@@ -118,7 +154,19 @@ class MeshGenerator:
             traceparent=span.traceparent,
             created=created,
             cache_salt=cache_salt(request.tenant, key=self._cache_salt_key, model_digest=model.digest),
+            detach_ttl_s=request.detach_ttl_s,
+            sync=request.sync,
         )
+
+
+async def _streamed(live: LiveRequest, outbox: ClientOutbox) -> AsyncGenerator[Event, None]:
+    """One client's events; it leaves when it has them, or when it goes away."""
+    try:
+        async with aclosing(outbox.events()) as events:
+            async for event in events:
+                yield event
+    finally:
+        live.leave(outbox)
 
 
 def _least(wanted: float | None, most: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lmesh_gateway.choice import ChoiceAssembler, Piece
 from lmesh_gateway.generation import ChoiceEnd, FinishReason
 from lmesh_gateway.logprobs import LogprobColumns
@@ -14,14 +16,17 @@ _REASONS: dict[SequenceFinish, FinishReason] = {SequenceFinish.STOP: "stop", Seq
 class LiveChoice:
     """Outlives its placements: the next one continues from `ids`."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: Plan, index: int, ids: Sequence[int] = (), end: ChoiceEnd | None = None) -> None:
+        """`ids` and `end` are what came of it elsewhere."""
         self.index = index
-        self.ids: list[int] = []  # all that count: a stop string ends them with the id that completed it
-        self.end: ChoiceEnd | None = None
-        self.prompt_scored = False  # the prompt's log-probabilities have gone out
+        self.ids = list(ids)  # all that count: a stop string ends them with the id that completed it
+        self.end = end
+        self.prompt_scored = bool(ids) or end is not None  # the prompt's log-probabilities have gone out
         self._scores_prompt = index == 0 and plan.params.prompt_logprobs >= 0
         self._prompt_logprobs: LogprobColumns | None = None  # what has come of them so far
         self._assembler = assembler(plan)
+        if end is None:
+            self._assembler.push(self.ids)
 
     @property
     def completion_tokens(self) -> int:

@@ -28,6 +28,10 @@ FAILED = Counter("lmesh:request_failures", "Requests that ended otherwise, by er
 LIVE = Gauge("lmesh:live_requests", "Requests between acceptance and end.", multiprocess_mode="livesum")
 UNAUTHENTICATED = Counter("lmesh:unauthenticated", "Calls refused for want of a known API key.", ["face"])
 REPLACED = Counter("lmesh:replaced_requests", "Requests that went on under a new placement, having lost theirs.")
+DETACHED = Gauge("lmesh:detached_requests", "Requests that run on without a client.", multiprocess_mode="livesum")
+RESUMED = Counter("lmesh:resumed_requests", "Resume calls taken, by where the request was found.", ("found",))
+LEDGER_OK = Gauge("lmesh:ledger_ok", "1 when the ledger took the last write.", multiprocess_mode="livemin")
+LEDGER_DROPPED = Counter("lmesh:ledger_dropped", "Requests that the ledger had no room to wait for.")
 DROPPED_OUTPUTS = Counter("lmesh:dropped_outputs", "Worker outputs under a lease that is not held any more.")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 
 from lmesh_chassis.errors import ServiceError
@@ -52,6 +53,7 @@ class ClientOutbox:
         self._waiting = [_Waiting() for _ in range(n)]
         self._ready: set[int] = set()
         self._accepted: Accepted | None = None
+        self._before: deque[Event] = deque()
         self._prompt_logprobs: LogprobColumns | None = None
         self._last: Finish | ServiceError | None = None
         self._filled = asyncio.Event()
@@ -59,6 +61,11 @@ class ClientOutbox:
     def accept(self, accepted: Accepted) -> None:
         """The first event."""
         self._accepted = accepted
+        self._filled.set()
+
+    def replay(self, events: Iterable[Event]) -> None:
+        """What came before this client did; it goes first."""
+        self._before.extend(events)
         self._filled.set()
 
     def add(self, choice: int, piece: Piece, prompt_logprobs: LogprobColumns | None = None) -> None:
@@ -82,6 +89,8 @@ class ClientOutbox:
             if self._accepted is not None:
                 accepted, self._accepted = self._accepted, None
                 yield accepted
+            while self._before:
+                yield self._before.popleft()
             # Taken one at a time: what comes while the client is busy with one joins the next.
             for choice in sorted(self._ready):
                 self._ready.discard(choice)

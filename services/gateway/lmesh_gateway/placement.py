@@ -107,8 +107,16 @@ class SchedulerPort(Protocol):
         """Asks for admission. Raises DuplicateRequestIdError or SchedulerUnavailableError."""
         ...
 
+    def take_over(self, plan: Plan, listener: PlacementListener, owner_epoch: int) -> None:
+        """Asks for a request that another gateway held. Raises as `submit`."""
+        ...
+
+    def disown(self, request_id: str) -> None:
+        """The request is another gateway's now: nothing is said of it any more."""
+        ...
+
     def withdraw(self, request_id: str) -> None:
-        """The request, not placed yet, is no longer wanted."""
+        """The request, not placed now, is no longer wanted."""
         ...
 
     def started(self, request_id: str, lease: int) -> None:

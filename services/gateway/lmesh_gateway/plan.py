@@ -39,3 +39,5 @@ class Plan:
     created: float
     cache_salt: str = ""  # derived from the tenant: tenants must not learn each other's prompts from the cache's speed
     priority: int = 0  # smaller is sooner
+    detach_ttl_s: float | None = None  # how long it runs on without a client; None: it is cancelled
+    sync: bool = False  # clients see ids when the ledger has them, and not before

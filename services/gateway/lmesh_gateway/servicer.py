@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -12,8 +12,9 @@ from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh_chassis import tracing
 
 from lmesh_gateway.authentication import caller
-from lmesh_gateway.errors import InvalidArgumentError, NotSupportedError, RequestNotFoundError
+from lmesh_gateway.errors import InvalidArgumentError, RequestNotFoundError
 from lmesh_gateway.generation import (
+    DETACH_TTL_S,
     Accepted,
     ChatPrompt,
     Delta,
@@ -24,6 +25,7 @@ from lmesh_gateway.generation import (
     ModelDirectory,
     OutputOptions,
     Prompt,
+    ResumeRequest,
     Sampling,
     ServedModel,
     StopRules,
@@ -68,15 +70,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         freed at once. One write is out at a time; what comes meanwhile joins the next.
         """
         wanted = _request(request, deadline_s=context.time_remaining())
-        async with aclosing(self._generator.generate(wanted)) as events:
-            async for event in events:
-                response = _response(event, request.output.HasField("prompt_logprobs"))
-                if response is not None:
-                    await context.write(response)
+        scored = request.output.HasField("prompt_logprobs")
+        await _write(context, self._generator.generate(wanted), prompt_logprobs=scored)
 
     async def Resume(self, request: pb.ResumeRequest, context: RpcContext) -> None:  # type: ignore[override]
-        """Not served yet."""
-        raise NotSupportedError("Resume is not supported yet; send the request again")
+        """Streams the rest of a generation, as Generate does."""
+        wanted = ResumeRequest(
+            request_id=_known_id(request.request_id), cursor=tuple(request.cursor), tenant=caller.get()
+        )
+        await _write(context, self._generator.resume(wanted), prompt_logprobs=False)
 
     async def Cancel(self, request: pb.CancelRequest, context: RpcContext) -> pb.CancelResponse:
         """Cancels a request of any client of the same tenant."""
@@ -92,6 +94,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=[_model(model) for model in self._directory.list()])
 
 
+async def _write(context: RpcContext, events: AsyncGenerator[Event, None], *, prompt_logprobs: bool) -> None:
+    async with aclosing(events):
+        async for event in events:
+            response = _response(event, prompt_logprobs)
+            if response is not None:
+                await context.write(response)
+
+
 def _known_id(request_id: str) -> str:
     if not request_id:
         raise InvalidArgumentError("request_id: must name a request", field="request_id")
@@ -101,7 +111,6 @@ def _known_id(request_id: str) -> str:
 
 
 def _request(request: pb.GenerateRequest, *, deadline_s: float | None) -> GenerationRequest:
-    _refuse_unbuilt(request)
     queue_timeout = request.queue_timeout.ToNanoseconds() / 1e9 if request.HasField("queue_timeout") else None
     return GenerationRequest(
         model=request.model,
@@ -113,17 +122,19 @@ def _request(request: pb.GenerateRequest, *, deadline_s: float | None) -> Genera
         deadline_s=deadline_s,
         queue_timeout_s=queue_timeout,
         priority=request.priority,
+        detach_ttl_s=_detach_ttl_s(request),
+        sync=request.durability == pb.DURABILITY_SYNC,
         tenant=caller.get(),
         traceparent=tracing.inject(),
     )
 
 
-def _refuse_unbuilt(request: pb.GenerateRequest) -> None:
-    """Named rather than ignored: a client that asks to be detached must not be cancelled instead."""
-    if request.on_disconnect == pb.ON_DISCONNECT_DETACH or request.HasField("detach_ttl"):
-        raise NotSupportedError("on_disconnect: DETACH is not supported yet; leave it out", field="on_disconnect")
-    if request.durability == pb.DURABILITY_SYNC:
-        raise NotSupportedError("durability: SYNC is not supported yet; leave it out", field="durability")
+def _detach_ttl_s(request: pb.GenerateRequest) -> float | None:
+    if request.on_disconnect != pb.ON_DISCONNECT_DETACH:
+        if request.HasField("detach_ttl"):
+            raise InvalidArgumentError("detach_ttl: is for on_disconnect DETACH alone", field="detach_ttl")
+        return None
+    return request.detach_ttl.ToNanoseconds() / 1e9 if request.HasField("detach_ttl") else DETACH_TTL_S
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -219,6 +230,7 @@ def _finish(finish: Finish) -> pb.Finish:
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
         ),
+        durable=finish.durable,
     )
 
 

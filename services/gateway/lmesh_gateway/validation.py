@@ -27,6 +27,7 @@ MAX_STOP_CHARACTERS = 256  # the matcher looks at each possible start of a stop 
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
+MAX_DETACH_TTL_S = 3600.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:~-]{1,128}")
 
 
@@ -149,6 +150,9 @@ def _check_output(output: OutputOptions) -> None:
 def _check_times(request: GenerationRequest) -> None:
     if abs(request.priority) > MAX_PRIORITY:
         raise _wrong("priority", f"must lie in -{MAX_PRIORITY}..{MAX_PRIORITY}, not {request.priority}")
+    ttl = request.detach_ttl_s
+    if ttl is not None and not 0 < ttl <= MAX_DETACH_TTL_S:  # a NaN is neither
+        raise _wrong("detach_ttl", f"must be longer than 0 and at most {MAX_DETACH_TTL_S:g} s, not {ttl:g} s")
     timeout = request.queue_timeout_s
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise _wrong("queue_timeout", f"must be longer than 0, not {timeout} s")

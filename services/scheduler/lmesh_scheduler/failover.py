@@ -184,7 +184,7 @@ class Failover:
             gateway.tell(Refused(request.id, *fault, 0))
             return
         if old is not None and old.live:
-            self._part(old)
+            self._part(old, gateway)
         else:
             self._shares.enter(request.submission.tenant)
         self._requests.hand_over(old, request, {"gateway_id": gateway.id})
@@ -193,8 +193,8 @@ class Failover:
         gateway.tell(Queued(request.id, 0))
         self._placements.place(request.submission.model)
 
-    def _part(self, old: Request) -> None:
-        """Takes a live request from its worker or the queue, and from its gateway."""
+    def _part(self, old: Request, new_owner: Gateway) -> None:
+        """Takes a live request from its worker or the queue, and from its gateway, unless that asked for it."""
         if old.state is State.QUEUED:
             self._placements.withdraw(old)
         else:
@@ -203,7 +203,8 @@ class Failover:
         if worker is not None:
             worker.take_back(old.id)
             worker.revoke(old.lease)
-        self._tell(old, Revoked(old.id, old.lease, errors.RESUMED_ELSEWHERE))
+        if old.gateway_id != new_owner.id:
+            self._tell(old, Revoked(old.id, old.lease, errors.RESUMED_ELSEWHERE))
 
 
 def _unclaimed(lease: int) -> str:

@@ -181,6 +181,10 @@ class Scheduler:
         if self.gatekeeper.draining:
             gateway.tell(self.gatekeeper.leaving(submission.request_id))
             return
+        known = self.requests.find(submission.request_id)
+        if known is not None and known.gateway_id == gateway.id and known.owner_epoch == owner_epoch:
+            self._tell_standing(gateway, known)  # said again on a new link
+            return
         request = self.gatekeeper.request(gateway, submission)
         request.owner_epoch = owner_epoch
         self.failover.take_over(gateway, request)
