@@ -95,17 +95,20 @@ def _stall(mesh: Mesh, rng: random.Random) -> str:
 
 
 def _redis_away(mesh: Mesh, rng: random.Random) -> str:
-    seconds, lost = rng.uniform(0.1, 6.0), rng.random() < 0.3
+    seconds = rng.uniform(0.1, 6.0)
     mesh.store.away = True
 
     def back() -> None:
         mesh.store.away = False
-        if lost:
-            mesh.store.lose_all()
 
     mesh.net.at(mesh.loop.now + seconds, back)
-    mesh.lost_memory = mesh.lost_memory or lost
-    return f"Redis away for {seconds:.1f} s{', and empty after' if lost else ''}"
+    return f"Redis away for {seconds:.1f} s"
+
+
+def _redis_emptied(mesh: Mesh, rng: random.Random) -> str:
+    told = _redis_away(mesh, rng)
+    mesh.store.lose_all()
+    return f"{told}, and empty after"
 
 
 def _slow(mesh: Mesh, rng: random.Random) -> str:
@@ -141,6 +144,7 @@ KINDS: dict[str, tuple[int, Strike]] = {
     "link broken": (5, _break),
     "link stalled": (4, _stall),
     "redis away": (2, _redis_away),
+    "redis emptied": (1, _redis_emptied),
     "slow network": (1, _slow),
 }
 

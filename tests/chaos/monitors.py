@@ -125,8 +125,11 @@ def _gateway_leftovers(gateway: Any, name: str) -> Iterator[str]:
     session = gateway._dispatch._session
     if session._live:
         yield f"{name} holds {sorted(session._live)}"
-    if gateway.generator._live:
-        yield f"{name} counts {gateway.generator._live} live requests"
+    table = gateway.generator._table
+    if len(table) or table._requests:
+        yield f"{name} counts {len(table)} live requests: {sorted(table._requests)}"
+    if gateway._ledger._dirty:
+        yield f"{name} has still to write {sorted(gateway._ledger._dirty)}"
     for link in gateway._runs._links.values():
         if not link._session.idle:
             yield f"{name} holds slots at {link.worker_id}"

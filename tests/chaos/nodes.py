@@ -203,7 +203,6 @@ class Mesh:
         self._rng = rng
         self.on_start, self.note = on_start, note
         self.scheduler = SchedulerNode(self, "scheduler")
-        self.lost_memory = False  # Redis has lost all at some time
         self.gateways = [GatewayNode(self, f"g{i}") for i in range(gateways)]
         self.workers = [WorkerNode(self, f"w{i}", rng) for i in range(workers)]
 

@@ -6,9 +6,10 @@ from collections import Counter
 
 from tests.chaos.clients import Client
 
-SCHEDULER = frozenset({"scheduler killed", "scheduler paused", "scheduler replaced", "scheduler drained", "redis away"})
+SCHEDULER = frozenset({"scheduler killed", "scheduler paused", "scheduler replaced", "scheduler drained", "redis away", "redis emptied"})
 WORKER = frozenset({"worker killed", "worker paused", "worker drained", "engine killed", "engine stopped"})
 GATEWAY = frozenset({"gateway killed", "gateway paused", "gateway drained"})
+MEMORY = frozenset({"redis emptied"})
 LINK = frozenset({"link broken", "link stalled", "slow network"})
 PLACEMENTS = 5  # of one request, before it is given up
 
@@ -17,10 +18,10 @@ EXCUSES: dict[str, tuple[frozenset[str], ...]] = {
     "BROKEN": (GATEWAY | LINK,),
     "SCHEDULER_UNAVAILABLE": (SCHEDULER | LINK | GATEWAY,),
     "MODEL_NOT_FOUND": (WORKER | LINK, SCHEDULER | LINK),
-    "LEDGER_BEHIND": (GATEWAY,),
+    "LEDGER_BEHIND": (MEMORY,),
     "LEDGER_DISABLED": (),
-    "REQUEST_NOT_FOUND": (GATEWAY | LINK,),
-    "REQUEST_ENDED": (GATEWAY | LINK,),
+    "REQUEST_NOT_FOUND": (GATEWAY | LINK | MEMORY,),
+    "REQUEST_ENDED": (GATEWAY | LINK | MEMORY,),
     "RESUMED_ELSEWHERE": (GATEWAY | LINK,),
     "DUPLICATE_REQUEST_ID": (GATEWAY | LINK,),
     "QUEUE_TIMEOUT": (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,10 +82,9 @@ class Resumer:
         *,
         queue_timeout_s: float,
         salt_key: str,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._parts, self._table, self._directory, self._records = parts, table, directory, records
-        self._queue_timeout_s, self._salt_key, self._wall = queue_timeout_s, salt_key, wall
+        self._queue_timeout_s, self._salt_key = queue_timeout_s, salt_key
 
     async def take_up(self, request: ResumeRequest) -> Live | Ended:
         """For one client. Raises LedgerBehindError, RequestNotFoundError and what else keeps it from going on."""
@@ -113,16 +112,25 @@ class Resumer:
         give_up_at = time.monotonic() + _BEHIND_WAIT_S
         while True:
             record = await self._parts.ledger.read(request.request_id)
-            if record is None or record.tenant != request.tenant:
+            if record is not None and record.tenant != request.tenant:
                 raise _unknown(request)
             try:
-                check_cursor(request.request_id, request.cursor, record.counts())
+                if record is None:
+                    await self._check_lives(request)
+                else:
+                    check_cursor(request.request_id, request.cursor, record.counts())
+                    return record
             except LedgerBehindError:
-                if record.end is not None or time.monotonic() >= give_up_at:
+                if (record is not None and record.end is not None) or time.monotonic() >= give_up_at:
                     raise
                 await asyncio.sleep(_BEHIND_POLL_S)
-            else:
-                return record
+
+    async def _check_lives(self, request: ResumeRequest) -> None:
+        """Raises what a request is that the ledger does not have: not there yet, or nowhere."""
+        known = await self._records.describe(request.request_id, request.tenant)
+        if known.ended and known.state != "FINISHED":
+            raise RequestEndedError(f"request {request.request_id} has ended: {known.state}", field="request_id")
+        raise LedgerBehindError(f"the ledger does not have request {request.request_id} yet; try again")
 
     async def _ended(self, record: Record, cursor: Sequence[int]) -> Ended:
         plan = self._plan(record)
@@ -138,7 +146,7 @@ class Resumer:
     async def _claim(self, record: Record, request: ResumeRequest) -> Record | None:
         """The record, as this gateway's; None when it has changed hands or ended meanwhile."""
         self._model(record)
-        if float(record.plan["deadline"]) <= self._wall():
+        if float(record.plan["deadline"]) <= time.time():
             raise DeadlineExceededError("the request's deadline passed")
         try:
             known = await self._records.describe(request.request_id, request.tenant)

@@ -178,10 +178,10 @@ class Scheduler:
 
     def take_over(self, gateway: Gateway, submission: Submission, owner_epoch: int) -> None:
         """A gateway carries on what another one held, or itself without a client."""
-        if self.gatekeeper.draining:
+        known = self.requests.find(submission.request_id)
+        if self.gatekeeper.draining and (known is None or not known.live):  # what was admitted may go on
             gateway.tell(self.gatekeeper.leaving(submission.request_id))
             return
-        known = self.requests.find(submission.request_id)
         if known is not None and known.gateway_id == gateway.id and known.owner_epoch == owner_epoch:
             self._tell_standing(gateway, known)  # said again on a new link
             return

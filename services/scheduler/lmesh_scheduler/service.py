@@ -116,7 +116,11 @@ class SchedulerService:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._journal.drain(FLUSH_S)
+        try:
+            await self._journal.drain(FLUSH_S)
+        except FencedError:  # by a scheduler that came while this one left: what is to be written is its own to know
+            log.error("fenced")
+            return 1
         return 0
 
     async def _metrics_page(self) -> chassis_metrics.MetricsServer | None:
