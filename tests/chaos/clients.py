@@ -56,6 +56,7 @@ class Client:
     streams: int = 0
     submissions: int = 0
     behind: int = 0  # times that the ledger had less than it
+    taken_back: bool = False  # and it had been shown ids
     durable: bool = False
     _began: float = 0.0
     _call: Any = None
@@ -149,6 +150,7 @@ class Client:
         if reason == "LEDGER_BEHIND" and resumed:
             # What it has was shown by a gateway that died of it, or that has no Redis: it takes all of it anew.
             self.behind += 1
+            self.taken_back = self.taken_back or any(self.ids)
             if self.behind > MOST_BEHIND:
                 self._end(reason)
             self.ids, self.texts = [[] for _ in self.ids], ["" for _ in self.texts]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from lmesh_gateway.ledger_record import record_key
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
@@ -15,6 +16,7 @@ from lmesh_worker.session import Session
 
 from tests.chaos.nodes import Mesh
 from tests.chaos.oracle import Spec, token
+from tests.chaos.sim_redis import SimStore
 
 
 class Monitor:
@@ -72,6 +74,27 @@ class Monitor:
             self._fail(f"{start.request_id}.{start.choice} goes on from {rest}, not from {due}")
         if len(rest) >= len(spec.whole[start.choice].ids):
             self._fail(f"{start.request_id}.{start.choice} was started again when it had ended")
+
+
+class Owners:
+    """The ledger's records: who owns a request is counted upwards, until Redis loses all."""
+
+    def __init__(self, store: SimStore, request_ids: Iterable[str]) -> None:
+        self._store, self._keys = store, [record_key(request_id) for request_id in request_ids]
+        self._known: dict[tuple[str, bytes], int] = {}
+
+    def faults(self) -> Iterator[str]:
+        """Records that went back to an earlier owner since they were last looked at."""
+        pipe = self._store.client.pipeline(transaction=False)
+        for key in self._keys:
+            pipe.hmget(key, "nonce", "epoch")
+        for key, (nonce, epoch) in zip(self._keys, pipe.execute(), strict=True):
+            if nonce is None:
+                self._known.clear()
+                continue
+            known, self._known[key, nonce] = self._known.get((key, nonce), 0), int(epoch)
+            if int(epoch) < known:
+                yield f"{key} was its owner {known}'s, and is owner {int(epoch)}'s again"
 
 
 def books(mesh: Mesh) -> Iterator[str]:

@@ -21,6 +21,7 @@ from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.gateway import Gateway
 from lmesh_kernels.text.generation import GenerationDefaults
 from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.inheritance import read_inheritance
 from lmesh_scheduler.scripts import INCARNATION_KEY, NEXT_INCARNATION, Call, Script, run
 from lmesh_scheduler.service import SchedulerService
 from lmesh_worker.config import WorkerSettings
@@ -130,10 +131,11 @@ class SchedulerNode(Node):
         store = SimRedis(self.mesh.store)
         try:
             (incarnation,) = await run(store, [Call(_next_incarnation(), [INCARNATION_KEY], [])])  # type: ignore[arg-type]
+            inherited = await read_inheritance(store)  # type: ignore[arg-type]
         except RedisError:
             return
         settings = SchedulerSettings(address=SCHEDULER, **SCHEDULER_SETTINGS)
-        self.part = SchedulerService(settings, store, incarnation)  # type: ignore[arg-type]
+        self.part = SchedulerService(settings, store, incarnation, inherited)  # type: ignore[arg-type]
         await self.part.run(shutdown)
 
 

@@ -18,7 +18,7 @@ EXCUSES: dict[str, tuple[frozenset[str], ...]] = {
     "BROKEN": (GATEWAY | LINK,),
     "SCHEDULER_UNAVAILABLE": (SCHEDULER | LINK | GATEWAY,),
     "MODEL_NOT_FOUND": (WORKER | LINK, SCHEDULER | LINK),
-    "LEDGER_BEHIND": (MEMORY,),
+    "LEDGER_BEHIND": (GATEWAY | MEMORY, SCHEDULER),
     "LEDGER_DISABLED": (),
     "REQUEST_NOT_FOUND": (GATEWAY | LINK | MEMORY,),
     "REQUEST_ENDED": (GATEWAY | LINK | MEMORY,),
@@ -33,6 +33,8 @@ EXCUSES: dict[str, tuple[frozenset[str], ...]] = {
 def broken_promise(client: Client, struck: Counter[str], *, replaces: bool) -> str | None:
     """Why an ending is none that the client should have had; None when it is."""
     outcome, habit = client.outcome, client.habit
+    if habit.sync and client.taken_back and not any(struck[kind] for kind in MEMORY):
+        return f"{client.spec.request_id} was shown ids, of which the ledger did not know"
     if outcome in ("finish", "left"):
         return None
     if outcome == "CANCELLED":

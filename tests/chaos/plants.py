@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-from lmesh_gateway import running_leg
+from lmesh_gateway import ledger_entry, replay, resume, running_leg
+from lmesh_gateway.delivery import Delivery
 from lmesh_gateway.dispatch_session import DispatchSession
+from lmesh_gateway.ledger_scripts import Script
+from lmesh_gateway.live_request import LiveRequest
 from lmesh_gateway.run_session import RunSession
 from lmesh_gateway.running_leg import RunningLeg
 from lmesh_scheduler.fleet import Worker
@@ -74,6 +77,37 @@ def _never_expires(detach: Any) -> Any:
     return patched
 
 
+def _forgets_cursor() -> AbstractContextManager[Any]:
+    whole = lambda plan, choice, ids, end, cursor: replay.rest_of(plan, choice, ids, end, 0)  # noqa: E731
+    return mock.patch.object(resume, "rest_of", whole)
+
+
+def _shows_at_once(add: Any) -> Any:
+    def patched(self: Delivery, *output: Any) -> None:
+        plan, self._plan = self._plan, replace(self._plan, sync=False)
+        add(self, *output)
+        self._plan = plan
+
+    return patched
+
+
+def _cancels_detached(leave: Any) -> Any:
+    def patched(self: LiveRequest, outbox: Any) -> None:
+        self.plan = replace(self.plan, detach_ttl_s=None)
+        leave(self, outbox)
+
+    return patched
+
+
+def _no_owner_epoch() -> AbstractContextManager[Any]:
+    fence = "if held[1] == nonce and tonumber(held[3]) > epoch then return -1 end"
+    text = ledger_entry.WRITE.text
+    assert fence in text
+    return mock.patch.object(ledger_entry, "WRITE", Script(text.replace(fence, "")))
+
+
+AWAY = frozenset({"gateway killed", "gateway paused"})
+
 PLANTS: dict[str, Plant] = {
     "a worker's room is not given back": Plant(_no(Worker, "take_back"), Shape(faults=0), seeds=3),
     "a worker takes whoever asks for an earlier boot": Plant(
@@ -102,5 +136,13 @@ PLANTS: dict[str, Plant] = {
     "a continuation begins one id too early": Plant(_short_continuation, Shape(kinds=DEATHS, faults=6)),
     "an earlier leg goes on beside the new one": Plant(
         _no(RunningLeg, "drop"), Shape(kinds=DEATHS | LINKS, faults=8, slow=True)
+    ),
+    "a replay begins at the beginning": Plant(_forgets_cursor, Shape(kinds=AWAY, faults=2)),
+    "a client is shown what the ledger does not have": Plant(
+        _wrapped(Delivery, "add", _shows_at_once), Shape(kinds=frozenset({"gateway killed"}), faults=5, clients=10)
+    ),
+    "a detached request ends with its client": Plant(_wrapped(LiveRequest, "leave", _cancels_detached), Shape(faults=0)),
+    "the ledger takes what comes from an earlier owner": Plant(
+        _no_owner_epoch, Shape(kinds=AWAY | LINKS, faults=8, clients=10, slow=True)
     ),
 }

@@ -17,7 +17,7 @@ from lmesh_scheduler.config import SchedulerSettings
 
 from tests.chaos import faults
 from tests.chaos.clients import Client, Habit
-from tests.chaos.monitors import Monitor, books, healthy, leftovers, strangers
+from tests.chaos.monitors import Monitor, Owners, books, healthy, leftovers, strangers
 from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.owed import broken_promise
@@ -79,6 +79,7 @@ class Simulation:
             self._net = net = Net(loop, random.Random(self._seed + 1), BROKEN)
             store = SimStore(self._client, random.Random(self._seed + 2))
             specs = [self._spec(i) for i in range(self._shape.clients)]
+            self._owners = Owners(store, [spec.request_id for spec in specs])
             monitor = Monitor({spec.request_id: spec for spec in specs}, self._fail)
             with simulated_edges(loop, net, store), monitor.watching():
                 self._mesh = Mesh(loop, net, store, self._rng, on_start=monitor.on_start, note=self._note)
@@ -153,7 +154,7 @@ class Simulation:
         if self._loop.failures:
             self.outcome.violations += [f"failure: {text}" for text in self._loop.failures]
         if self._instants % BOOKS_EVERY == 0:
-            self.outcome.violations += list(books(self._mesh))
+            self.outcome.violations += [*books(self._mesh), *self._owners.faults()]
         if self.outcome.violations:
             raise _Found
 

@@ -20,7 +20,6 @@ from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.errors import (
     DOMAIN,
     CancelledError,
-    DeadlineExceededError,
     RequestEndedError,
     RequestNotFoundError,
     SchedulerUnavailableError,
@@ -315,11 +314,7 @@ def _unknown(request_id: str) -> RequestNotFoundError:
     return RequestNotFoundError(f"no request {request_id} is known", field="request_id")
 
 
-def _call_error(
-    error: RemoteError, request_id: str
-) -> RequestNotFoundError | DeadlineExceededError | SchedulerUnavailableError:
+def _call_error(error: RemoteError, request_id: str) -> RequestNotFoundError | SchedulerUnavailableError:
     if error.code is grpc.StatusCode.NOT_FOUND:
         return _unknown(request_id)
-    if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceededError("the scheduler did not answer in time")
     return SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)

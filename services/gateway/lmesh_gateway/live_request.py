@@ -14,6 +14,7 @@ from lmesh_gateway.errors import (
     CancelledError,
     DeadlineExceededError,
     DrainingError,
+    DuplicateRequestIdError,
     LedgerUnavailableError,
     ResumedElsewhereError,
     WorkerLostError,
@@ -35,6 +36,8 @@ from lmesh_gateway.spans import RequestSpan
 _BACKSTOP_S = 1.0
 # A request that another gateway claimed in the ledger is told by the scheduler too, unless that gateway died of it.
 _HANDOVER_S = 10.0
+# What says that the id is another owner's, whose end is not this one.
+_ANOTHERS = (ResumedElsewhereError, DuplicateRequestIdError)
 _TIMING = ("cached_tokens", "queue_us", "prefill_us", "preemptions")
 
 
@@ -292,7 +295,7 @@ class LiveRequest:
         else:
             self._metrics.failed(error.reason)
             self.span.failed(error.reason)
-            if self._entry is not None and not self._given_away and not isinstance(error, ResumedElsewhereError):
+            if self._entry is not None and not self._given_away and not isinstance(error, _ANOTHERS):
                 self._entry.ended(FailedEnd.of(error))
             self._delivery.fail(error)
         self._close()
