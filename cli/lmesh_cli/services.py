@@ -19,6 +19,7 @@ from lmesh_cli.probes import Probe
 # Above the services' own drain timeout of 30 s: they end what is left themselves, the supervisor only what hangs.
 STOP_TIMEOUT_S = 40.0
 _JOURNAL = "LMESH_SCHEDULER_REDIS_URL"
+_LEDGER = "LMESH_GATEWAY_REDIS_URL"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +53,11 @@ def build(plan: MeshPlan, redis: EmbeddedRedis | None, environ: Mapping[str, str
     """All services of the plan. What the user set in LMESH_* variables wins over the launcher's choices of tuning."""
     env = dict(os.environ if environ is None else environ)
     specs = [] if redis is None else [_redis(redis)]
-    specs.append(_scheduler(plan, env[_JOURNAL] if redis is None else redis_server.url(redis.folder)))
+    url = env[_JOURNAL] if redis is None else redis_server.url(redis.folder)
+    specs.append(_scheduler(plan, url))
     shares = share_of_machine(len(plan.workers), env)
     specs += [_worker(plan, place, share) for place, share in zip(plan.workers, shares, strict=True)]
-    return [*specs, _gateway(plan)]
+    return [*specs, _gateway(plan, env.get(_LEDGER, url))]  # an empty one of the user's: no ledger
 
 
 def _redis(redis: EmbeddedRedis) -> ServiceSpec:
@@ -111,8 +113,9 @@ def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str]) -> Ser
     )
 
 
-def _gateway(plan: MeshPlan) -> ServiceSpec:
+def _gateway(plan: MeshPlan, ledger: str) -> ServiceSpec:
     env = {
+        _LEDGER: ledger,
         "LMESH_GATEWAY_GRPC_ADDRESS": plan.grpc_address,
         "LMESH_GATEWAY_HTTP_ADDRESS": plan.http_address,
         "LMESH_GATEWAY_SCHEDULER": plan.scheduler_address,

@@ -22,7 +22,9 @@ ATTEMPTS = 40  # most streams of one request
 MOST_BEHIND = 20
 REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 # Whoever hears one of these may try again: nothing was admitted, or nobody can say yet.
-TRY_AGAIN = frozenset({"SCHEDULER_UNAVAILABLE", "MODEL_NOT_FOUND", "MODEL_LOADING", "NO_WORKER", "DRAINING", "LEDGER_UNAVAILABLE"})
+TRY_AGAIN = frozenset(
+    {"SCHEDULER_UNAVAILABLE", "MODEL_NOT_FOUND", "MODEL_LOADING", "NO_WORKER", "DRAINING", "LEDGER_UNAVAILABLE"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,6 @@ class Client:
     habit: Habit
     fail: Callable[[str], None]
     note: Callable[[str], None]
-    resumes: bool  # the mesh has Resume
     ids: list[list[int]] = field(init=False)
     texts: list[str] = field(init=False)
     outcome: str = ""
@@ -121,7 +122,7 @@ class Client:
     async def _stream(self) -> None:
         gateway = self.habit.gateways[self.streams % len(self.habit.gateways)]
         self.streams += 1
-        resumed = self.accepted and self.resumes
+        resumed = self.accepted
         timeout = max(0.01, self._began + (self.spec.deadline_s or GENEROUS_S) - self.net.loop.now)
         stub = self._stub(gateway)
         try:
@@ -136,9 +137,7 @@ class Client:
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 raise
-            if not self.resumes:
-                self._end("left")
-            elif not self.done:
+            if not self.done:
                 await asyncio.sleep(0.5)  # went away, and comes back
 
     async def _after(self, error: Any, resumed: bool) -> None:
@@ -156,11 +155,11 @@ class Client:
             self.ids, self.texts = [[] for _ in self.ids], ["" for _ in self.texts]
             await asyncio.sleep(0.5)
             return
-        if reason == "DUPLICATE_REQUEST_ID" and self.resumes and self.streams > 1:
+        if reason == "DUPLICATE_REQUEST_ID" and self.streams > 1:
             self.accepted = True  # an earlier stream of its own broke before it could say so
             reason = "NO_WORKER"
         again = broken or reason in TRY_AGAIN
-        if again and (self.resumes or not self.accepted):
+        if again:
             await asyncio.sleep(0.3 if self.streams < 5 else 1.5)
         else:
             self._end("BROKEN" if broken else reason)

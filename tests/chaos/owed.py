@@ -6,7 +6,9 @@ from collections import Counter
 
 from tests.chaos.clients import Client
 
-SCHEDULER = frozenset({"scheduler killed", "scheduler paused", "scheduler replaced", "scheduler drained", "redis away", "redis emptied"})
+SCHEDULER = frozenset(
+    {"scheduler killed", "scheduler paused", "scheduler replaced", "scheduler drained", "redis away", "redis emptied"}
+)
 WORKER = frozenset({"worker killed", "worker paused", "worker drained", "engine killed", "engine stopped"})
 GATEWAY = frozenset({"gateway killed", "gateway paused", "gateway drained"})
 MEMORY = frozenset({"redis emptied"})
@@ -30,7 +32,7 @@ EXCUSES: dict[str, tuple[frozenset[str], ...]] = {
 }
 
 
-def broken_promise(client: Client, struck: Counter[str], *, replaces: bool) -> str | None:
+def broken_promise(client: Client, struck: Counter[str]) -> str | None:
     """Why an ending is none that the client should have had; None when it is."""
     outcome, habit = client.outcome, client.habit
     if habit.sync and client.taken_back and not any(struck[kind] for kind in MEMORY):
@@ -42,7 +44,7 @@ def broken_promise(client: Client, struck: Counter[str], *, replaces: bool) -> s
         asked = habit.cancel_s < float("inf") or client.submissions > 1 or (not habit.detach and client.streams > 1)
         return None if asked else f"{client.spec.request_id} was cancelled by nobody"
     if outcome == "WORKER_LOST":
-        return _worker_lost(client, struck) if replaces else None
+        return _worker_lost(client, struck)
     kinds = EXCUSES.get(outcome)
     if kinds is not None and all(any(struck[kind] for kind in each) for each in kinds):
         return None

@@ -139,9 +139,11 @@ PLANTS: dict[str, Plant] = {
     ),
     "a replay begins at the beginning": Plant(_forgets_cursor, Shape(kinds=AWAY, faults=2)),
     "a client is shown what the ledger does not have": Plant(
-        _wrapped(Delivery, "add", _shows_at_once), Shape(kinds=frozenset({"gateway killed"}), faults=5, clients=10)
+        _wrapped(Delivery, "add", _shows_at_once), Shape(kinds=frozenset({"gateway killed"}), faults=12, clients=16)
     ),
-    "a detached request ends with its client": Plant(_wrapped(LiveRequest, "leave", _cancels_detached), Shape(faults=0)),
+    "a detached request ends with its client": Plant(
+        _wrapped(LiveRequest, "leave", _cancels_detached), Shape(faults=0)
+    ),
     "the ledger takes what comes from an earlier owner": Plant(
         _no_owner_epoch, Shape(kinds=AWAY | LINKS, faults=8, clients=10, slow=True)
     ),

@@ -13,7 +13,6 @@ from unittest import mock
 
 import grpc
 import redis
-from lmesh_scheduler.config import SchedulerSettings
 
 from tests.chaos import faults
 from tests.chaos.clients import Client, Habit
@@ -22,11 +21,9 @@ from tests.chaos.nodes import Mesh, simulated_edges
 from tests.chaos.oracle import LETTER_IDS, LETTERS, Spec
 from tests.chaos.owed import broken_promise
 from tests.chaos.sim_redis import SimStore
-from tests.chaos.streams import RESUMES
 from tests.chaos.virtual_loop import Process, virtual_time
 from tests.chaos.wires import Net, Status, Weather
 
-REPLACES = "max_placements" in SchedulerSettings.__dataclass_fields__
 BROKEN = Status(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 BOOKS_EVERY = 20  # instants
 SETTLED_S = 7.0  # after this much of everybody being linked, everybody knows of what runs
@@ -135,10 +132,10 @@ class Simulation:
             if not self._go_on_to(self._loop.now + 1.0):
                 return
             well_since = math.inf if list(healthy(self._mesh)) else min(well_since, self._loop.now)
-            if REPLACES and self._loop.now - well_since > SETTLED_S:
+            if self._loop.now - well_since > SETTLED_S:
                 self.outcome.violations += strangers(self._mesh)
             if not self._unrest():
-                promises = (broken_promise(c, self.outcome.faults, replaces=REPLACES) for c in self._clients)
+                promises = (broken_promise(c, self.outcome.faults) for c in self._clients)
                 self.outcome.violations += [promise for promise in promises if promise is not None]
                 return
         self.outcome.violations += [f"not at rest: {what}" for what in self._unrest()]
@@ -193,14 +190,13 @@ class Simulation:
             Habit(
                 gateways=tuple(gateways),
                 begin_s=rng.uniform(0.8, self._shape.busy_s),
-                detach=(habit == "away" or rng.random() < 0.3) and RESUMES,
-                sync=rng.random() < 0.3 and RESUMES,
+                detach=habit == "away" or rng.random() < 0.3,
+                sync=rng.random() < 0.3,
                 think_s=rng.choice((0.0, 0.0, 0.05)),
                 **times,
             ),
             self._fail,
             self._note,
-            RESUMES,
         )
 
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import grpc
 from lmesh.inference.v1 import inference_pb2 as pb
@@ -18,10 +17,12 @@ from tests.chaos.real_mesh import MODEL
 RETRY_S = 0.2
 _OWN = [("grpc.use_local_subchannel_pool", 1)]
 TIMEOUT_S = 120.0
-# Requests outlive their gateway from the day on that there is a ledger to resume them from.
-RESUMES = find_spec("lmesh_gateway.ledger") is not None
 # Nothing was decided by these: the connection or the process behind it has gone.
 BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE})
+# A gateway that has just begun says one of these, or one whose Redis has just gone.
+TRY_AGAIN = frozenset(
+    {"LEDGER_UNAVAILABLE", "LEDGER_BEHIND", "SCHEDULER_UNAVAILABLE", "MODEL_NOT_FOUND", "MODEL_LOADING"}
+)
 
 
 def request(name: str, *, greedy: bool, n: int = 1, max_tokens: int = 300) -> pb.GenerateRequest:
@@ -31,7 +32,7 @@ def request(name: str, *, greedy: bool, n: int = 1, max_tokens: int = 300) -> pb
         text=pb.TextInput(prompt=f"Once upon a time, {name}"),
         sampling=pb.SamplingParams(temperature=0.0 if greedy else 1.0, seed=sum(name.encode()), n=n),
         stop=pb.StopParams(max_tokens=max_tokens, ignore_eos=True),
-        on_disconnect=pb.ON_DISCONNECT_DETACH if RESUMES else pb.ON_DISCONNECT_UNSPECIFIED,
+        on_disconnect=pb.ON_DISCONNECT_DETACH,
     )
 
 
@@ -41,6 +42,7 @@ def crowd(prefix: str, count: int, *, max_tokens: int = 300) -> list[pb.Generate
     for i in range(count):
         made = request(f"s{i}", greedy=i % 2 == 0, n=3 if i == count - 1 else 1, max_tokens=max_tokens)
         made.request_id = f"{prefix}-{i}"
+        made.durability = pb.DURABILITY_SYNC if i % 4 < 2 else pb.DURABILITY_ASYNC  # of both halves
         found.append(made)
     return found
 
@@ -52,16 +54,23 @@ class Received:
     request: pb.GenerateRequest
     ids: list[list[int]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    accepted: bool = False
     finished: bool = False
     durable: bool = False
     error: str = ""  # reason; "" is none
     resumes: int = 0
+    behind: int = 0  # times that the ledger had less than it, so that it took all of it again
     first_s: float = 0.0  # from the call to the first id
     gap_s: float = 0.0  # longest between two deltas
 
     def __post_init__(self) -> None:
         n = max(1, self.request.sampling.n)
         self.ids, self.text = [[] for _ in range(n)], ["" for _ in range(n)]
+
+    def begin_again(self) -> None:
+        """Forgets what it has: of that the ledger knows nothing."""
+        self.behind += 1
+        self.ids, self.text = [[] for _ in self.ids], ["" for _ in self.text]
 
     @property
     def count(self) -> int:
@@ -105,7 +114,9 @@ class Crowd:
                         self._take(received, event)
             except grpc.aio.AioRpcError as error:
                 told = from_rpc_error(error)
-                again = error.code() in BROKEN and not told.reason and received.count and self._resume
+                if told.reason == "LEDGER_BEHIND" and received.request.durability != pb.DURABILITY_SYNC:
+                    received.begin_again()
+                again = self._resume and received.accepted and _may_go_on(error, told.reason)
                 if not again or time.monotonic() > deadline:
                     received.error = told.reason or error.code().name
                     return
@@ -120,11 +131,17 @@ class Crowd:
 
     def _take(self, received: Received, event: pb.GenerateResponse) -> None:
         kind = event.WhichOneof("event")
-        if kind == "delta":
+        if kind == "accepted":
+            received.accepted = True
+        elif kind == "delta":
             received.ids[event.delta.choice] += event.delta.token_ids
             received.text[event.delta.choice] += event.delta.text
         elif kind == "finish":
             received.finished, received.durable = True, event.finish.durable
+
+
+def _may_go_on(error: grpc.aio.AioRpcError, reason: str) -> bool:
+    return (error.code() in BROKEN and not reason) or reason in TRY_AGAIN
 
 
 def run(target: str, requests: list[pb.GenerateRequest], on_flow: Callable[[], None] | None = None) -> list[Received]:
