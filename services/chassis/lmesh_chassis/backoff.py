@@ -8,7 +8,7 @@ import random
 class Backoff:
     """Delays before the next attempts; `reset` after one that worked."""
 
-    def __init__(self, *, first_s: float = 0.1, most_s: float = 0.5) -> None:
+    def __init__(self, *, first_s: float = 0.1, most_s: float = 0.3) -> None:
         self._first_s = first_s
         self._most_s = most_s
         self._attempts = 0
