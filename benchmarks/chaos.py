@@ -51,7 +51,18 @@ def main() -> None:
 
 def table(rounds: list[Round]) -> str:
     """One line a kind of blow, in Markdown."""
-    titles = ["blow", "rounds", "streams", "lost", "wrong ids", "resumed", "silent for 0.5 s"]
+    titles = [
+        "blow",
+        "rounds",
+        "streams",
+        "lost",
+        "wrong ids",
+        "not replayed",
+        "resumed",
+        "of these from the start",
+        "not durable",
+        "silent for 0.5 s",
+    ]
     titles += ["longest silence, median / max", "new request served, median / max"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for kind in sorted({found.kind for found in rounds}):
@@ -63,7 +74,10 @@ def table(rounds: list[Round]) -> str:
             sum(found.streams for found in mine),
             sum(len(found.lost) for found in mine),
             sum(len(found.wrong) for found in mine),
+            sum(len(found.forgotten) for found in mine),
             sum(found.resumed for found in mine),
+            sum(found.behind for found in mine),
+            sum(found.not_durable for found in mine),
             sum(found.felt for found in mine),
             f"{statistics.median(gaps):.2f} / {max(gaps):.2f} s",
             f"{statistics.median(placed):.2f} / {max(placed):.2f} s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from tests.chaos.streams import Received, crowd, request, run
 
 FELT_S = 0.5
 PROBES = 8  # connections; that all of them get to one of two gateway processes is unlikely enough
-STREAMS = {"worker": 16, "scheduler": 8, "gateway": 8, "redis": 8, "engine": 16}
+STREAMS = {"worker": 16, "scheduler": 8, "gateway": 8, "redis": 8, "redis-away": 8, "engine": 16}
+REDIS_AWAY_S = 10.0
 Blow = Callable[[RealMesh, random.Random], None]
 
 
@@ -33,6 +35,15 @@ def _kill_redis(mesh: RealMesh, rng: random.Random) -> None:
     mesh.kill("redis")
 
 
+def _stop_redis(mesh: RealMesh, rng: random.Random) -> None:
+    """For ten seconds; what it is sent meanwhile it does afterwards."""
+    redis = mesh.process("redis")
+    redis.suspend()
+    timer = threading.Timer(REDIS_AWAY_S, redis.resume)
+    timer.daemon = True
+    timer.start()
+
+
 def _stop_engine(mesh: RealMesh, rng: random.Random) -> None:
     """It goes on only when the round is over."""
     mesh.engine(rng.choice(("worker-0", "worker-1"))).suspend()
@@ -43,6 +54,7 @@ BLOWS: dict[str, Blow] = {
     "scheduler": _kill_scheduler,
     "gateway": _kill_gateway,
     "redis": _kill_redis,
+    "redis-away": _stop_redis,
     "engine": _stop_engine,
 }
 KINDS = tuple(BLOWS)
@@ -51,6 +63,7 @@ WORDS = {
     "scheduler": "kill -9 of the scheduler",
     "gateway": "kill -9 of a gateway",
     "redis": "kill -9 of Redis",
+    "redis-away": "SIGSTOP of Redis for 10 s",
     "engine": "SIGSTOP of an engine",
 }
 
@@ -63,6 +76,7 @@ class Round:
     streams: int = 0
     lost: list[str] = field(default_factory=list)  # streams that ended otherwise than by Finish, and their reasons
     wrong: list[str] = field(default_factory=list)  # ids other than undisturbed
+    forgotten: list[str] = field(default_factory=list)  # streams that Resume does not give again afterwards
     felt: int = 0  # streams that were silent for longer than a scheduler's hiccup
     resumed: int = 0
     behind: int = 0  # ASYNC streams that had ids of which the ledger did not know, and took them again
@@ -73,7 +87,7 @@ class Round:
     @property
     def good(self) -> bool:
         """Nobody lost anything."""
-        return not self.lost and not self.wrong
+        return not self.lost and not self.wrong and not self.forgotten
 
 
 def undisturbed(mesh: RealMesh, count: int, max_tokens: int) -> list[list[list[int]]]:
@@ -94,6 +108,8 @@ def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_t
         lambda: _strike(mesh, kind, random.Random(seed), prefix, found),
     )
     _judge(received, due, found)
+    again = run(mesh.target, [got.request for got in received if got.finished], replay=True)
+    found.forgotten = [got.request.request_id for got, ids in zip(again, due, strict=False) if got.ids != ids]
     for worker in ("worker-0", "worker-1") if kind == "engine" else ():
         mesh.engine(worker).resume()
     return found

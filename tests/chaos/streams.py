@@ -79,11 +79,11 @@ class Received:
 
 
 class Crowd:
-    """Streams that run together. `resume` False takes a broken connection for the end."""
+    """Streams that run together. With `replay` they ran before, and are asked for again from the ledger."""
 
-    def __init__(self, target: str, requests: list[pb.GenerateRequest], *, resume: bool = True) -> None:
-        self._target, self._resume = target, resume
-        self.received = [Received(r) for r in requests]
+    def __init__(self, target: str, requests: list[pb.GenerateRequest], *, replay: bool = False) -> None:
+        self._target = target
+        self.received = [Received(r, accepted=replay, resumes=int(replay)) for r in requests]
 
     async def run(self, on_flow: Callable[[], None] | None = None, *, flow: int = 8) -> list[Received]:
         """All of them to their ends; `on_flow` is called in a thread once each stream has given `flow` ids."""
@@ -116,7 +116,7 @@ class Crowd:
                 told = from_rpc_error(error)
                 if told.reason == "LEDGER_BEHIND" and received.request.durability != pb.DURABILITY_SYNC:
                     received.begin_again()
-                again = self._resume and received.accepted and _may_go_on(error, told.reason)
+                again = received.accepted and _may_go_on(error, told.reason)
                 if not again or time.monotonic() > deadline:
                     received.error = told.reason or error.code().name
                     return
@@ -144,6 +144,12 @@ def _may_go_on(error: grpc.aio.AioRpcError, reason: str) -> bool:
     return (error.code() in BROKEN and not reason) or reason in TRY_AGAIN
 
 
-def run(target: str, requests: list[pb.GenerateRequest], on_flow: Callable[[], None] | None = None) -> list[Received]:
+def run(
+    target: str,
+    requests: list[pb.GenerateRequest],
+    on_flow: Callable[[], None] | None = None,
+    *,
+    replay: bool = False,
+) -> list[Received]:
     """A crowd, from a program without a loop."""
-    return asyncio.run(Crowd(target, requests).run(on_flow))
+    return asyncio.run(Crowd(target, requests, replay=replay).run(on_flow))
