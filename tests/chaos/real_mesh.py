@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +114,13 @@ def _words(process: psutil.Process) -> str:
 
 
 @contextmanager
-def real_mesh(folder: Path, model: Path, *, workers: int = 2, gateways: int = 2) -> Iterator[RealMesh]:
+def real_mesh(
+    folder: Path, model: Path, *, workers: int = 2, gateways: int = 2, settings: Mapping[str, str] | None = None
+) -> Iterator[RealMesh]:
     """Starts a mesh whose supervisor never gives up, and stops it whatever happens."""
     http_port, grpc_port = free_ports(2)
     folder.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, **SETTINGS, "LMESH_RUN_DIR": str(folder), "COLUMNS": "200"}
+    env = {**os.environ, **SETTINGS, **(settings or {}), "LMESH_RUN_DIR": str(folder), "COLUMNS": "200"}
     shape = ["--workers", str(workers), "--gateways", str(gateways), "--model", f"{MODEL}={model}"]
     ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     command = [sys.executable, "-P", str(Path(__file__).with_name("tireless.py")), *shape, *ports]
