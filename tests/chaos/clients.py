@@ -149,7 +149,7 @@ class Client:
         if reason == "LEDGER_BEHIND" and resumed:
             # What it has was shown by a gateway that died of it, or that has no Redis: it takes all of it anew.
             self.behind += 1
-            self.taken_back = self.taken_back or any(self.ids)
+            self.taken_back = self.taken_back or _has_less(error.metadata.get("have", ""), self.ids)
             if self.behind > MOST_BEHIND:
                 self._end(reason)
             self.ids, self.texts = [[] for _ in self.ids], ["" for _ in self.texts]
@@ -165,9 +165,12 @@ class Client:
             self._end("BROKEN" if broken else reason)
 
     async def _read(self, call: Any) -> None:
-        finished = False
+        finished = begun = False
         async for event in call:
             kind = event.WhichOneof("event")
+            if begun == (kind == "accepted"):
+                self.fail(f"{self.spec.request_id} got {kind}, and Accepted comes first and once")
+            begun = True
             if finished:
                 self.fail(f"{self.spec.request_id} got {kind} after its Finish")
             if kind == "accepted":
@@ -233,3 +236,9 @@ class Client:
 
     def _resume(self) -> pb.ResumeRequest:
         return pb.ResumeRequest(request_id=self.spec.request_id, cursor=[len(ids) for ids in self.ids])
+
+
+def _has_less(have: str, ids: list[list[int]]) -> bool:
+    """Whether the ledger, which has so many ids of each choice, knows less than was shown."""
+    counts = [int(count) for count in have.split(".")] if have else [0] * len(ids)
+    return any(count < len(shown) for count, shown in zip(counts, ids, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from lmesh_gateway.ledger_record import record_key
+from lmesh_scheduler.errors import GATEWAY_LOST
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
@@ -24,7 +25,9 @@ class Monitor:
 
     def __init__(self, specs: dict[str, Spec], fail: Callable[[str], None]) -> None:
         self._specs, self._fail = specs, fail
-        self._states: dict[tuple[int, str], tuple[State, int]] = {}  # (incarnation, request) -> state, lease
+        # (incarnation, request) -> state, lease, owner epoch
+        self._states: dict[tuple[int, str], tuple[State, int, int]] = {}
+        self._lost: set[str] = set()  # requests that ended with their gateway
         self._leases: dict[int, tuple[str, str]] = {}  # lease -> request, the worker's epoch
 
     @contextmanager
@@ -49,9 +52,12 @@ class Monitor:
 
     def _changed(self, incarnation: int, request: Request) -> None:
         key = (incarnation, request.id)
-        before, before_lease = self._states.get(key, (None, 0))
-        self._states[key] = (request.state, request.lease)
-        if before is not None and before not in LIVE and request.state is not before:
+        before, before_lease, owner_epoch = self._states.get(key, (None, 0, 0))
+        # One that ended with its gateway begins again when another one resumes it.
+        lost = request.id in self._lost and request.owner_epoch > owner_epoch
+        self._states[key] = (request.state, request.lease, request.owner_epoch)
+        (self._lost.add if request.reason == GATEWAY_LOST else self._lost.discard)(request.id)
+        if before is not None and before not in LIVE and request.state is not before and not lost:
             self._fail(f"{request.id} went from {before} to {request.state}: it ended twice")
         if request.state not in (State.PLACED, State.RUNNING):
             return

@@ -185,4 +185,50 @@ def test_stream_is_server_sent_events(url: str) -> None:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    assert all(math.isfinite(json.loads(line[6:])["created"]) for line in lines[:-1])
+    data = [line for line in lines[:-1] if line.startswith("data: ")]
+    assert all(math.isfinite(json.loads(line[6:])["created"]) for line in data)
+    # Three words of one id each, and the choice's end.
+    request_id = response.headers["x-request-id"]
+    assert [line for line in lines if line.startswith("id: ")] == [f"id: {request_id}/{n}" for n in (1, 2, 3, 3)]
+
+
+def test_a_batch_has_no_event_ids(url: str) -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json={"model": "m", "prompt": ["a", "b"], "stream": True}) as r:
+        assert not [line for line in r.iter_lines() if line.startswith("id:")]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "detach_ttl_s", "sync"),
+    [
+        ("x-lmesh-on-disconnect", "cancel", None, False),
+        ("x-lmesh-on-disconnect", "detach", 60.0, False),
+        ("x-lmesh-on-disconnect", "Detach; ttl=2.5", 2.5, False),
+        ("x-lmesh-durability", "sync", None, True),
+        ("x-lmesh-durability", "async", None, False),
+    ],
+)
+def test_headers_of_survival(
+    url: str, core: ScriptedCore, header: str, value: str, detach_ttl_s: float | None, sync: bool
+) -> None:
+    for path, body in (("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": ["a", "b"]})):
+        answer = httpx.post(f"{url}/v1/{path}", json={"model": "m", **body}, headers={header: value})
+        assert answer.status_code == 200
+    assert len(core.requests) == 3
+    assert {(r.detach_ttl_s, r.sync) for r in core.requests} == {(detach_ttl_s, sync)}
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("x-lmesh-on-disconnect", "stay"),
+        ("x-lmesh-on-disconnect", "detach; ttl=-1"),
+        ("x-lmesh-on-disconnect", "detach; ttl=1e9"),
+        ("x-lmesh-on-disconnect", "detach; ttl=" + "9" * 5000),
+        ("x-lmesh-durability", "always"),
+    ],
+)
+def test_headers_that_are_none(url: str, core: ScriptedCore, header: str, value: str) -> None:
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": "a"}, headers={header: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "INVALID_ARGUMENT", header)
+    assert not core.requests

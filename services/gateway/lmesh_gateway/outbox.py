@@ -64,9 +64,8 @@ class ClientOutbox:
         self._filled.set()
 
     def replay(self, events: Iterable[Event]) -> None:
-        """What came before this client did; it goes first."""
+        """What came before this client did; it goes right after `accept`, before anything else."""
         self._before.extend(events)
-        self._filled.set()
 
     def add(self, choice: int, piece: Piece, prompt_logprobs: LogprobColumns | None = None) -> None:
         """New output of a choice; `prompt_logprobs` once, with choice 0."""
@@ -89,8 +88,8 @@ class ClientOutbox:
             if self._accepted is not None:
                 accepted, self._accepted = self._accepted, None
                 yield accepted
-            while self._before:
-                yield self._before.popleft()
+                while self._before:
+                    yield self._before.popleft()
             # Taken one at a time: what comes while the client is busy with one joins the next.
             for choice in sorted(self._ready):
                 self._ready.discard(choice)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmesh_gateway.generation import Accepted, ChoiceEnd, Delta, Event, Finish, TokenLogprob, TokenLogprobs, Usage
+from lmesh_gateway.http.cursor import Cursor
 from lmesh_gateway.http.sse import DONE, event
 from lmesh_gateway.http.usage import usage_object
 
@@ -32,20 +33,26 @@ class Heading:
         return {**base, "choices": choices} | ({} if usage is None else {"usage": usage})
 
 
-async def chunks(accepted: Accepted, events: AsyncIterator[Event], include_usage: bool) -> AsyncGenerator[str, None]:
-    """The stream: the role first, then text, each choice's end, the counts if they are wanted, [DONE]."""
-    heading, greeted = Heading.of(accepted), set[int]()
+async def chunks(
+    accepted: Accepted, events: AsyncIterator[Event], include_usage: bool, cursor: Cursor
+) -> AsyncGenerator[str, None]:
+    """The stream: the role first, then text, each choice's end, the counts if they are wanted, [DONE].
+
+    Each event's id is the cursor after it; a choice that the cursor has begun had its role before.
+    """
+    heading, greeted = Heading.of(accepted), cursor.begun
     async for item in events:
         if isinstance(item, Delta | ChoiceEnd) and item.choice not in greeted:
             greeted.add(item.choice)
-            yield event(heading.chunk([_choice(item.choice, {"role": "assistant", "content": ""})]))
+            yield event(heading.chunk([_choice(item.choice, {"role": "assistant", "content": ""})]), cursor)
+        cursor.count(item)
         if isinstance(item, Delta):
             if item.text or item.logprobs:
-                yield event(heading.chunk([_choice(item.choice, {"content": item.text}, item.logprobs)]))
+                yield event(heading.chunk([_choice(item.choice, {"content": item.text}, item.logprobs)]), cursor)
         elif isinstance(item, ChoiceEnd):
-            yield event(heading.chunk([_choice(item.choice, {}, reason=item.reason)]))
+            yield event(heading.chunk([_choice(item.choice, {}, reason=item.reason)]), cursor)
         elif isinstance(item, Finish) and include_usage:
-            yield event(heading.chunk([], usage_object([item.usage])))
+            yield event(heading.chunk([], usage_object([item.usage])), cursor)
     yield DONE
 
 

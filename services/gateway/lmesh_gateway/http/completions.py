@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmesh_gateway.generation import Accepted, ChoiceEnd, Delta, Finish, TokenLogprobs, Usage
+from lmesh_gateway.http.cursor import Cursor
 from lmesh_gateway.http.fanout import Tagged
 from lmesh_gateway.http.sse import DONE, event
 from lmesh_gateway.http.usage import usage_object
@@ -48,14 +49,23 @@ class Completions:
         self._usages: list[Usage] = []
         self._prompt_scores: dict[int, tuple[TokenLogprobs, ...]] = {}
 
-    async def chunks(self, events: AsyncIterator[Tagged], include_usage: bool) -> AsyncGenerator[str, None]:
-        """The stream of chunks, then the counts if they are wanted, then [DONE]."""
+    async def chunks(
+        self, events: AsyncIterator[Tagged], include_usage: bool, cursor: Cursor | None
+    ) -> AsyncGenerator[str, None]:
+        """The stream of chunks, then the counts if they are wanted, then [DONE].
+
+        Of one request each event's id is the cursor after it; a batch has none.
+        """
         async for prompt, item in events:
+            if cursor is not None:
+                cursor.count(item)
             for choice, text, logprobs, reason in self._take(prompt, item):
                 if text or logprobs or reason:
-                    yield event({**self._head, "choices": [_choice_object(choice, text, logprobs, reason)]})
+                    yield event(
+                        {**self._head, "choices": [_choice_object(choice, text, logprobs, reason)]}, cursor or ""
+                    )
         if include_usage:
-            yield event({**self._head, "choices": [], "usage": usage_object(self._usages)})
+            yield event({**self._head, "choices": [], "usage": usage_object(self._usages)}, cursor or "")
         yield DONE
 
     async def whole(self, events: AsyncIterator[Tagged]) -> Object:

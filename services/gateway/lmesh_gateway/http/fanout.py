@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from lmesh_gateway.generation import Event, GenerationRequest, Generator
@@ -11,7 +11,7 @@ from lmesh_gateway.generation import Event, GenerationRequest, Generator
 Tagged = tuple[int, Event]  # index of the request, its event
 
 
-async def merged(generator: Generator, requests: Sequence[GenerationRequest]) -> AsyncIterator[Tagged]:
+async def merged(generator: Generator, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Tagged, None]:
     """Events of all requests as they come, each with its request's index.
 
     The first failure ends the whole: the others are cancelled and it is raised. So does closing the iterator.

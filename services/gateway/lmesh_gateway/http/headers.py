@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 
 from fastapi import Request
 
 from lmesh_gateway.errors import InvalidArgumentError
+from lmesh_gateway.generation import DETACH_TTL_S
 from lmesh_gateway.validation import is_request_id
 
 REQUEST_ID = "x-request-id"
 TIMEOUT_MS = "x-lmesh-timeout-ms"
 TRACEPARENT = "traceparent"
+ON_DISCONNECT = "x-lmesh-on-disconnect"
+DURABILITY = "x-lmesh-durability"
+_DETACH = re.compile(r"detach(?:\s*;\s*ttl\s*=\s*(\d{1,6}(?:\.\d{1,6})?))?", re.ASCII)
 _LONGEST_TIMEOUT_DIGITS = 12  # 31 years; nothing longer is a timeout, and Python refuses to read very long numbers
 
 
@@ -55,3 +60,22 @@ def deadline_s(request: Request) -> float | None:
     if not readable or int(text) == 0:
         raise InvalidArgumentError(f"{TIMEOUT_MS}: must be a positive number of milliseconds", field=TIMEOUT_MS)
     return int(text) / 1000
+
+
+def detach_ttl_s(request: Request) -> float | None:
+    """How long the request is to run on without its client, in seconds; None: it is cancelled with it."""
+    text = request.headers.get(ON_DISCONNECT, "cancel").strip().lower()
+    if text == "cancel":
+        return None
+    found = _DETACH.fullmatch(text)
+    if found is None:
+        raise InvalidArgumentError(f"{ON_DISCONNECT}: must be cancel, detach or detach; ttl=60", field=ON_DISCONNECT)
+    return DETACH_TTL_S if found[1] is None else float(found[1])
+
+
+def sync(request: Request) -> bool:
+    """Whether ids are to be shown only when the ledger has them."""
+    text = request.headers.get(DURABILITY, "async").strip().lower()
+    if text not in ("async", "sync"):
+        raise InvalidArgumentError(f"{DURABILITY}: must be async or sync", field=DURABILITY)
+    return text == "sync"

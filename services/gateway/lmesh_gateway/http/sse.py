@@ -21,9 +21,10 @@ T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 
 
-def event(data: object) -> str:
-    """One event that carries JSON."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(data: object, event_id: object = "") -> str:
+    """One event that carries JSON, and an id when there is one."""
+    named = f"id: {event_id}\n" if event_id else ""
+    return f"{named}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class EventStream(Response):

@@ -35,6 +35,8 @@ class Envelope:
     deadline_s: float | None
     traceparent: str
     tenant: str = ""
+    detach_ttl_s: float | None = None
+    sync: bool = False
 
     @classmethod
     def of(cls, request: Request) -> Envelope:
@@ -44,6 +46,8 @@ class Envelope:
             headers.deadline_s(request),
             headers.traceparent(request),
             headers.tenant(request),
+            headers.detach_ttl_s(request),
+            headers.sync(request),
         )
 
     def id_of(self, index: int, count: int) -> str:
@@ -69,6 +73,8 @@ def chat_request(body: ChatBody, envelope: Envelope) -> GenerationRequest:
         ),
         deadline_s=envelope.deadline_s,
         priority=body.priority or 0,
+        detach_ttl_s=envelope.detach_ttl_s,
+        sync=envelope.sync,
         tenant=envelope.tenant,
         traceparent=envelope.traceparent,
     )
@@ -96,6 +102,8 @@ def completion_requests(body: CompletionBody, envelope: Envelope) -> list[Genera
             output=output,
             deadline_s=envelope.deadline_s,
             priority=body.priority or 0,
+            detach_ttl_s=envelope.detach_ttl_s,
+            sync=envelope.sync,
             tenant=envelope.tenant,
             traceparent=envelope.traceparent,
         )
