@@ -72,6 +72,13 @@ class Client:
 
     async def run(self) -> None:
         """The client's life."""
+        try:
+            await self._live()
+        except Exception as error:
+            self.fail(f"{self.spec.request_id}'s client itself failed: {error!r}")
+            raise
+
+    async def _live(self) -> None:
         await asyncio.sleep(self.habit.begin_s)
         self._began = self.net.loop.now
         asides = [asyncio.ensure_future(aside) for aside in self._asides()]

@@ -53,7 +53,6 @@ class Received:
 
     request: pb.GenerateRequest
     ids: list[list[int]] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
     accepted: bool = False
     finished: bool = False
     durable: bool = False
@@ -65,12 +64,15 @@ class Received:
 
     def __post_init__(self) -> None:
         n = max(1, self.request.sampling.n)
-        self.ids, self.text = [[] for _ in range(n)], ["" for _ in range(n)]
+        self.ids = [[] for _ in range(n)]
 
-    def begin_again(self) -> None:
-        """Forgets what it has: of that the ledger knows nothing."""
-        self.behind += 1
-        self.ids, self.text = [[] for _ in self.ids], ["" for _ in self.text]
+    def keep(self, have: list[int]) -> None:
+        """The ledger has so many ids of each choice; what an ASYNC stream was shown beyond them comes again."""
+        if self.request.durability != pb.DURABILITY_SYNC and any(
+            h < len(i) for h, i in zip(have, self.ids, strict=True)
+        ):
+            self.behind += 1
+            self.ids = [ids[:count] for ids, count in zip(self.ids, have, strict=True)]
 
     @property
     def count(self) -> int:
@@ -114,8 +116,8 @@ class Crowd:
                         self._take(received, event)
             except grpc.aio.AioRpcError as error:
                 told = from_rpc_error(error)
-                if told.reason == "LEDGER_BEHIND" and received.request.durability != pb.DURABILITY_SYNC:
-                    received.begin_again()
+                if told.reason == "LEDGER_BEHIND" and "have" in told.metadata:
+                    received.keep([int(count) for count in told.metadata["have"].split(".")])
                 again = received.accepted and _may_go_on(error, told.reason)
                 if not again or time.monotonic() > deadline:
                     received.error = told.reason or error.code().name
@@ -135,7 +137,6 @@ class Crowd:
             received.accepted = True
         elif kind == "delta":
             received.ids[event.delta.choice] += event.delta.token_ids
-            received.text[event.delta.choice] += event.delta.text
         elif kind == "finish":
             received.finished, received.durable = True, event.finish.durable
 

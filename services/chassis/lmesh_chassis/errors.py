@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, cast
 
 import grpc
@@ -67,6 +69,7 @@ class RemoteError(NamedTuple):
     message: str
     field: str
     retry_after_ms: int | None
+    metadata: Mapping[str, str] = MappingProxyType({})
 
 
 def to_status(error: ServiceError, domain: str) -> grpc.Status:
@@ -99,7 +102,7 @@ def from_rpc_error(error: grpc.RpcError) -> RemoteError:
 def _merge(found: RemoteError, detail: any_pb2.Any) -> RemoteError:
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     if detail.Unpack(info):
-        return found._replace(reason=info.reason)
+        return found._replace(reason=info.reason, metadata=dict(info.metadata))
     if detail.Unpack(bad) and bad.field_violations:
         return found._replace(field=bad.field_violations[0].field)
     if detail.Unpack(retry):
