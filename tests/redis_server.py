@@ -42,6 +42,11 @@ class RedisServer:
             self._process.kill()
             await self._process.wait()
 
+    def signal(self, number: int) -> None:
+        """Sends a signal, such as SIGSTOP."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def client(self) -> redis.asyncio.Redis:
         """A client of the test's own; use it as `async with`."""
         return redis.asyncio.from_url(self.url, decode_responses=True)

@@ -137,6 +137,10 @@ class Ledger:
             return done, parse(request_id, fields, ids)
         except (RedisError, OSError, TimeoutError) as error:
             raise _unavailable() from error
+        except (KeyError, TypeError, ValueError) as error:
+            log.error("a record of another make", extra={"request_id": request_id, "detail": repr(error)})
+            text = f"the ledger's record of request {request_id} is of a make that this gateway does not know"
+            raise LedgerUnavailableError(text) from error
 
     def _note(self, entry: LedgerEntry) -> None:
         """An entry has something to write. Never waits."""
