@@ -17,13 +17,14 @@ from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.failover import Failover, Leg
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gatekeeper import Gatekeeper
-from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
+from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Queued, Refused, Revoked
 from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.limits import Limits
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
 from lmesh_scheduler.requests import LIVE, Ending, Request, RequestTable, State, Submission, TransitionError
 from lmesh_scheduler.shares import Shares
+from lmesh_scheduler.standing import placed, tell_standing
 
 log = logging.getLogger(__name__)
 
@@ -106,26 +107,7 @@ class Scheduler:
         return gateway
 
     def _tell_standing(self, gateway: Gateway, request: Request) -> None:
-        if request.live and request.lost_lease:
-            gateway.tell(Revoked(request.id, request.lost_lease, request.lost_reason, requeued=True))
-        standing = self._standing(request)
-        if standing is not None:
-            gateway.tell(standing)
-
-    def _standing(self, request: Request) -> Event | None:
-        """Where a request is, in the words that its gateway was told once; None where there were none."""
-        if request.state is State.QUEUED:
-            return Queued(request.id, self.placements.position(request))
-        if request.live:
-            worker = self.fleet.find(request.worker_id, request.epoch)
-            return None if worker is None else _placed(request, worker)
-        if request.reported:
-            return None
-        if request.state is State.EXPIRED:
-            return Expired(request.id, not request.lease)
-        if request.reason == errors.GATEWAY_LOST and request.lease:
-            return None  # its stream may well have gone on meanwhile: it needs no scheduler
-        return Revoked(request.id, request.lease, request.reason or errors.CANCELLED)
+        tell_standing(gateway, request, self.placements, self.fleet)
 
     def gateway_left(self, gateway: Gateway) -> None:
         """A Dispatch link broke; its requests go on until the grace period ends."""
@@ -204,6 +186,11 @@ class Scheduler:
         if request.gateway_id != gateway.id:
             self._tell_owner(request, Revoked(request_id, request.lease, errors.CANCELLED))
         return True
+
+    def withdraw(self, gateway: Gateway, request_id: str) -> bool:
+        """A gateway no longer wants its own request; one of that id that is (by now) another's goes on."""
+        request = self.requests.find(request_id)
+        return request is not None and request.gateway_id == gateway.id and self.cancel(gateway, request_id)
 
     def started(self, request_id: str, lease: int) -> None:
         """The worker's first output has come. A repeat, or one under an older lease, is dropped."""
@@ -307,7 +294,7 @@ class Scheduler:
     def _granted(self, request: Request, worker: Worker) -> None:
         self.requests.move(request, State.PLACED, {"worker_id": worker.hello.worker_id})
         self._end_span(request, "placed")
-        self._tell_owner(request, _placed(request, worker))
+        self._tell_owner(request, placed(request, worker))
 
     def _end(self, request: Request, state: State, reason: str) -> None:
         """Ends a live request and gives its place to another. Raises TransitionError."""
@@ -388,8 +375,3 @@ class Scheduler:
     def _revoke_waiting(self, model: str, reason: str) -> None:
         for request in self.placements.waiting(model):
             self._revoke(request, reason)
-
-
-def _placed(request: Request, worker: Worker) -> Placed:
-    hello = worker.hello
-    return Placed(request.id, hello.worker_id, hello.epoch, hello.address, request.lease)
