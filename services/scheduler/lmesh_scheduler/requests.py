@@ -178,6 +178,14 @@ class RequestTable:
         self._live[new.id] = new
         self._note(new, "resumed", detail)
 
+    def add_ended(self, request: Request, state: State, reason: str) -> None:
+        """A request that an earlier scheduler left live ends here. Raises TransitionError when its id is known."""
+        if self.find(request.id) is not None:
+            raise TransitionError(f"{request.id} is known already")
+        self._live[request.id] = request
+        request.reason = reason
+        self.move(request, state, {"reason": reason} if reason else {})
+
     def move(self, request: Request, to: State, detail: dict[str, str] | None = None) -> None:
         """Changes the state; TransitionError, counted, where the table does not have the change."""
         if to not in TRANSITIONS[request.state]:

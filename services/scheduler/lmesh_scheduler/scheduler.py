@@ -20,6 +20,7 @@ from lmesh_scheduler.gatekeeper import Gatekeeper
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Queued, Refused, Revoked
 from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.limits import Limits
+from lmesh_scheduler.orphans import Orphans
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
 from lmesh_scheduler.requests import LIVE, Ending, Request, RequestTable, State, Submission, TransitionError
@@ -50,6 +51,7 @@ class Scheduler:
         self._clock, self._wall = clock, wall
         self.incarnation = incarnation
         self.requests = RequestTable(ended_kept=settings.ended_kept, wall=wall, journal=journal)
+        self.orphans = Orphans(self.requests, lost_s=settings.gateway_lost_s, clock=clock)
         self.fleet = Fleet(
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
@@ -80,6 +82,7 @@ class Scheduler:
         self.failover = Failover(
             settings,
             requests=self.requests,
+            orphans=self.orphans,
             fleet=self.fleet,
             placements=self.placements,
             deadlines=self._deadlines,
@@ -124,7 +127,11 @@ class Scheduler:
             if known.reason == errors.GATEWAY_LOST and not known.reported:
                 gateway.tell(Revoked(known.id, known.lease, known.reason))
                 return
-        refusal = self.gatekeeper.refusal(submission) or self._admit(gateway, submission)
+        refusal = (
+            self.orphans.refusal(gateway, submission.request_id)
+            or self.gatekeeper.refusal(submission)
+            or self._admit(gateway, submission)
+        )
         if refusal is not None:
             self.refused_by_reason[refusal.reason] += 1
             gateway.tell(refusal)
@@ -135,6 +142,7 @@ class Scheduler:
             position = self.placements.add(request)
         except QueueFullError as error:
             return Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", error.retry_after_ms)
+        self.orphans.claim(request)
         self.requests.add(request)
         self.shares.enter(submission.tenant)
         self.limits.admitted(submission.tenant, request.prompt_tokens)
@@ -151,9 +159,9 @@ class Scheduler:
     def announce(self, gateway: Gateway, submission: Submission, leg: Leg, *, started: bool) -> None:
         """A gateway tells a request that an earlier scheduler placed; what is known already is told back."""
         known = self.requests.find(submission.request_id)
-        if known is None:
+        if known is None and not self.orphans.overtaken(gateway, submission.request_id, leg.lease):
             self.failover.adopt(self.gatekeeper.request(gateway, submission), leg, started=started)
-        elif known.gateway_id == gateway.id:
+        elif known is not None and known.gateway_id == gateway.id:
             self._tell_standing(gateway, known)
         else:
             gateway.tell(Revoked(submission.request_id, leg.lease, errors.RESUMED_ELSEWHERE))
@@ -178,7 +186,7 @@ class Scheduler:
         """
         request = self.requests.find(request_id)
         if request is None:
-            return False
+            return self.orphans.cancel(request_id)
         try:
             self._end(request, State.CANCELLED, "")
         except TransitionError:
@@ -189,7 +197,7 @@ class Scheduler:
 
     def withdraw(self, gateway: Gateway, request_id: str) -> bool:
         """A gateway no longer wants its own request; one of that id that is (by now) another's goes on."""
-        request = self.requests.find(request_id)
+        request = self.requests.find(request_id) or self.orphans.find(request_id)
         return request is not None and request.gateway_id == gateway.id and self.cancel(gateway, request_id)
 
     def started(self, request_id: str, lease: int) -> None:
@@ -336,6 +344,7 @@ class Scheduler:
         for gateway in self.gateways.lost():
             self._drop_requests_of(gateway, LIVE)
         self.failover.tick()
+        self.orphans.tick()
         if not self._settled:
             for model in self.placements.models():
                 self.placements.place(model)
