@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from lmesh_gateway.ledger_record import record_key
-from lmesh_scheduler.journal import Journal
+from lmesh_scheduler.journal import LIVE_KEY, Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
 from lmesh_worker.run_sessions import RunSessions, StartOrder
@@ -128,6 +128,8 @@ def leftovers(mesh: Mesh) -> Iterator[str]:
     """What is left of requests when nobody wants anything any more."""
     core = mesh.scheduler.part.scheduler
     yield from (f"the scheduler holds {r.id} {r.state} of {r.gateway_id[:4]}" for r in core.requests.live())
+    if listed := mesh.store.client.zrange(LIVE_KEY, 0, -1):
+        yield f"Redis says that {listed} are live"
     for worker in core.fleet.workers():
         if worker.placements or worker.placed:
             yield f"the scheduler counts {worker.placed} on {worker.hello.worker_id}: {worker.placements}"
