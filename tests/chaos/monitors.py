@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from lmesh_gateway.ledger_record import record_key
+from lmesh_scheduler.errors import GATEWAY_LOST
 from lmesh_scheduler.journal import LIVE_KEY, Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
@@ -24,7 +25,9 @@ class Monitor:
 
     def __init__(self, specs: dict[str, Spec], fail: Callable[[str], None]) -> None:
         self._specs, self._fail = specs, fail
-        self._states: dict[tuple[int, str], tuple[State, int]] = {}  # (incarnation, request) -> state, lease
+        self._states: dict[
+            tuple[int, str], tuple[State, int, str]
+        ] = {}  # (incarnation, request) -> state, lease, reason
         self._leases: dict[int, tuple[str, str]] = {}  # lease -> request, the worker's epoch
 
     @contextmanager
@@ -49,9 +52,11 @@ class Monitor:
 
     def _changed(self, incarnation: int, request: Request) -> None:
         key = (incarnation, request.id)
-        before, before_lease = self._states.get(key, (None, 0))
-        self._states[key] = (request.state, request.lease)
-        if before is not None and before not in LIVE and request.state is not before:
+        before, before_lease, reason = self._states.get(key, (None, 0, ""))
+        self._states[key] = (request.state, request.lease, request.reason)
+        # Given up with its gateway, that came back all the same, or another that carries on.
+        back = reason == GATEWAY_LOST and request.timeline[-1].event in ("announced", "resumed")
+        if before is not None and before not in LIVE and request.state is not before and not back:
             self._fail(f"{request.id} went from {before} to {request.state}: it ended twice")
         if request.state not in (State.PLACED, State.RUNNING):
             return

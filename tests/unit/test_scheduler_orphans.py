@@ -86,6 +86,18 @@ class TestTheirTime:
         bench.finish("runs", lease=OLD_LEASE)
         assert (bench.state("runs"), bench.request("runs").completion_tokens) == (State.FAILED, 5)
 
+    def test_what_a_late_gateway_announces_goes_on(self, bench: Bench) -> None:
+        """Its worker may have dropped it by then, as nobody's: it must be possible to place it again."""
+        bench.core.orphans.learn([orphan()])
+        worker = bench.worker(held=(Held(request_id="r", lease=OLD_LEASE, sequences=1),))
+        bench.pass_time(LOST_S + 1)
+        assert (bench.state("r"), worker.revoked) == (State.FAILED, [OLD_LEASE])
+        announce(bench, bench.gateway("g1"))
+        assert (bench.state("r"), worker.placed) == (State.RUNNING, 1)
+        bench.core.failover.leg_lost("r", OLD_LEASE, "WORKER_LOST")
+        assert bench.state("r") is State.PLACED
+        assert [e.event for e in bench.request("r").timeline][:3] == ["queued", "failed", "announced"]
+
 
 class TestTheirGatewayComesBack:
     def test_announced_ones_are_adopted_with_their_past(self, bench: Bench) -> None:

@@ -34,6 +34,15 @@ class Orphans:
         """The orphan of that id, as its record has it."""
         return self._found.get(request_id)
 
+    def restore(self, gateway: Gateway, request_id: str) -> None:
+        """A gateway comes back after all with what was given up as lost with it: an orphan again, for it to claim."""
+        known = self._requests.find(request_id)
+        if known is None or known.gateway_id != gateway.id or known.reported:
+            return
+        if not known.live and known.reason == errors.GATEWAY_LOST:
+            self._requests.forget(known)
+            self._found[request_id] = known
+
     def claim(self, request: Request) -> None:
         """`request` is about to enter the table: it is no orphan, and what its record tells of its past is kept."""
         orphan = self._found.pop(request.id, None)

@@ -168,6 +168,10 @@ class RequestTable:
         self._live[request.id] = request
         self._note(request, "announced", {"worker_id": request.worker_id})
 
+    def forget(self, request: Request) -> None:
+        """An ended request is to live again, as another under its id."""
+        self._ended.pop(request.id, None)
+
     def hand_over(self, old: Request | None, new: Request, detail: dict[str, str]) -> None:
         """`new` takes the place of `old`, live or ended, under the same id: QUEUED, with the same timeline."""
         if old is not None:

@@ -158,6 +158,7 @@ class Scheduler:
 
     def announce(self, gateway: Gateway, submission: Submission, leg: Leg, *, started: bool) -> None:
         """A gateway tells a request that an earlier scheduler placed; what is known already is told back."""
+        self.orphans.restore(gateway, submission.request_id)
         known = self.requests.find(submission.request_id)
         if known is None and not self.orphans.overtaken(gateway, submission.request_id, leg.lease):
             self.failover.adopt(self.gatekeeper.request(gateway, submission), leg, started=started)
