@@ -196,6 +196,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         self.changes = Changes()
         self.records: dict[str, Record] = {}
         self.cancels: list[str] = []
+        self.withdrawals: list[str] = []
         self.workers_lost: list[str] = []
         self.legs_lost: list[dp.LegLost] = []
         self.announces: list[dp.Announce] = []
@@ -330,7 +331,8 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             self._lose(lost)
         for finished in request.finished:
             self.records[finished.request_id].finished.append(finished)
-        self.cancels += [cancel.request_id for cancel in request.cancels]
+        self.cancels += [cancel.request_id for cancel in request.cancels if not cancel.withdrawn]
+        self.withdrawals += [cancel.request_id for cancel in request.cancels if cancel.withdrawn]
         self.workers_lost += [lost.worker_id for lost in request.workers_lost]
 
     def _lose(self, lost: dp.LegLost) -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 
 from lmesh_gateway.ledger_record import record_key
 from lmesh_scheduler.errors import GATEWAY_LOST
-from lmesh_scheduler.journal import Journal
+from lmesh_scheduler.journal import LIVE_KEY, Journal
 from lmesh_scheduler.requests import LIVE, Request, State
 from lmesh_worker.messages import Start
 from lmesh_worker.run_sessions import RunSessions, StartOrder
@@ -25,9 +25,8 @@ class Monitor:
 
     def __init__(self, specs: dict[str, Spec], fail: Callable[[str], None]) -> None:
         self._specs, self._fail = specs, fail
-        # (incarnation, request) -> state, lease, owner epoch
-        self._states: dict[tuple[int, str], tuple[State, int, int]] = {}
-        self._lost: set[str] = set()  # requests that ended with their gateway
+        # (incarnation, request) -> state, lease, reason
+        self._states: dict[tuple[int, str], tuple[State, int, str]] = {}
         self._leases: dict[int, tuple[str, str]] = {}  # lease -> request, the worker's epoch
 
     @contextmanager
@@ -52,12 +51,11 @@ class Monitor:
 
     def _changed(self, incarnation: int, request: Request) -> None:
         key = (incarnation, request.id)
-        before, before_lease, owner_epoch = self._states.get(key, (None, 0, 0))
-        # One that ended with its gateway begins again when another one resumes it.
-        lost = request.id in self._lost and request.owner_epoch > owner_epoch
-        self._states[key] = (request.state, request.lease, request.owner_epoch)
-        (self._lost.add if request.reason == GATEWAY_LOST else self._lost.discard)(request.id)
-        if before is not None and before not in LIVE and request.state is not before and not lost:
+        before, before_lease, reason = self._states.get(key, (None, 0, ""))
+        self._states[key] = (request.state, request.lease, request.reason)
+        # Given up with its gateway, that came back all the same, or another that carries on.
+        back = reason == GATEWAY_LOST and request.timeline[-1].event in ("announced", "resumed")
+        if before is not None and before not in LIVE and request.state is not before and not back:
             self._fail(f"{request.id} went from {before} to {request.state}: it ended twice")
         if request.state not in (State.PLACED, State.RUNNING):
             return
@@ -134,6 +132,8 @@ def leftovers(mesh: Mesh) -> Iterator[str]:
     """What is left of requests when nobody wants anything any more."""
     core = mesh.scheduler.part.scheduler
     yield from (f"the scheduler holds {r.id} {r.state} of {r.gateway_id[:4]}" for r in core.requests.live())
+    if listed := mesh.store.client.zrange(LIVE_KEY, 0, -1):
+        yield f"Redis says that {listed} are live"
     for worker in core.fleet.workers():
         if worker.placements or worker.placed:
             yield f"the scheduler counts {worker.placed} on {worker.hello.worker_id}: {worker.placements}"

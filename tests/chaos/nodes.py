@@ -136,7 +136,10 @@ class SchedulerNode(Node):
             return
         settings = SchedulerSettings(address=SCHEDULER, **SCHEDULER_SETTINGS)
         self.part = SchedulerService(settings, store, incarnation, inherited)  # type: ignore[arg-type]
-        await self.part.run(shutdown)
+        try:
+            await self.part.run(shutdown)
+        except OSError as error:  # another boot has its address: it was replaced while it slept
+            self.mesh.note(f"{self.process} cannot serve: {error}")
 
 
 def _next_incarnation() -> Script:

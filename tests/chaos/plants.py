@@ -19,6 +19,7 @@ from lmesh_gateway.live_request import LiveRequest
 from lmesh_gateway.run_session import RunSession
 from lmesh_gateway.running_leg import RunningLeg
 from lmesh_scheduler.fleet import Worker
+from lmesh_scheduler.orphans import Orphans
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_worker.run_sessions import RunSessions
 
@@ -124,10 +125,13 @@ PLANTS: dict[str, Plant] = {
         _no(DispatchSession, "_report_again"), Shape(kinds=LINKS, faults=12, slow=True)
     ),
     "a gateway that comes back is not told where its requests stand": Plant(
-        _no(Scheduler, "_standing"), Shape(kinds=LINKS, faults=12, slow=True)
+        _no(Scheduler, "_tell_standing"), Shape(kinds=LINKS, faults=12, slow=True)
     ),
     "a lost gateway's requests are kept": Plant(
         _no(Scheduler, "_drop_requests_of"), Shape(kinds=frozenset({"gateway killed"}), faults=3)
+    ),
+    "a new scheduler does not look for what the one before it left": Plant(
+        _no(Orphans, "learn"), Shape(kinds=frozenset({"gateway killed", "scheduler killed"}), faults=8)
     ),
     "a lost leg is not told": Plant(_no(DispatchSession, "_say_lost"), Shape(kinds=LINKS, faults=12, slow=True)),
     "what runs is not announced to a new scheduler": Plant(

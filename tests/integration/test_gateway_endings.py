@@ -83,7 +83,7 @@ class TestEndings:
         assert (await call.read()).WhichOneof("event") == "accepted"
         record = await scene.scheduler.record()
         call.cancel()
-        await scene.scheduler.changes.until(lambda: scene.scheduler.cancels == [record.submit.request_id])
+        await scene.scheduler.changes.until(lambda: scene.scheduler.withdrawals == [record.submit.request_id])
         scene.scheduler.place(record)  # the placement crosses the withdrawal
         assert (await scene.scheduler.ended()).outcome == dp.OUTCOME_CANCELLED
         assert not scene.worker.sequences

@@ -123,7 +123,7 @@ class TestRevoked:
         scene.scheduler.requeue(record)
         await scene.worker.changes.until(lambda: scene.worker.aborts)
         call.cancel()
-        await scene.scheduler.changes.until(lambda: scene.scheduler.cancels == ["waits"])
+        await scene.scheduler.changes.until(lambda: scene.scheduler.withdrawals == ["waits"])
 
     async def test_for_good(self, scene: Scene) -> None:
         call = asyncio.create_task(failure(scene.generate()))

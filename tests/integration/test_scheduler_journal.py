@@ -11,8 +11,8 @@ import pytest
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Hello, ModelDescriptor, Worker
 from lmesh_scheduler.fleet_store import FleetStore
-from lmesh_scheduler.journal import COMPARE_AND_SET, Journal, request_key
-from lmesh_scheduler.requests import Request, State, Submission
+from lmesh_scheduler.journal import COMPARE_AND_SET, LIVE_KEY, Journal, request_key
+from lmesh_scheduler.requests import LIVE, Request, State, Submission
 from lmesh_scheduler.scripts import INCARNATION_KEY, Call, FencedError, next_incarnation, run
 from lmesh_scheduler.service import open_redis
 from redis.asyncio import Redis
@@ -71,8 +71,8 @@ def make_journal(redis: Redis, *, incarnation: int = 10, limit: int = 1000) -> J
 
 class TestCompareAndSet:
     async def write(self, redis: Redis, incarnation: int, version: int, state: str) -> int:
-        arguments = [incarnation, version, 60_000, "state", state]
-        return (await run(redis, [Call(COMPARE_AND_SET, [INCARNATION_KEY, KEY], arguments)]))[0]
+        arguments = [incarnation, version, 60_000, int(state in LIVE), "r", "state", state]
+        return (await run(redis, [Call(COMPARE_AND_SET, [INCARNATION_KEY, KEY, LIVE_KEY], arguments)]))[0]
 
     async def held(self, redis: Redis) -> tuple[bytes | None, ...]:
         return tuple(await redis.hmget(KEY, ["incarnation", "version", "state"]))
@@ -82,6 +82,21 @@ class TestCompareAndSet:
         assert await self.write(redis, 10, 7, "PLACED") == 1
         assert await self.write(redis, 10, 5, "stale") == 0
         assert await self.held(redis) == (b"10", b"7", b"PLACED")
+
+    async def test_the_index_has_live_ones_by_who_wrote_them_last(self, redis: Redis) -> None:
+        async def index() -> list[tuple[bytes, float]]:
+            return await redis.zrange(LIVE_KEY, 0, -1, withscores=True)
+
+        await self.write(redis, 10, 1, "QUEUED")
+        assert await index() == [(b"r", 10)]
+        assert 0 < await redis.pttl(LIVE_KEY) <= 60_000
+        await self.write(redis, 11, 1, "RUNNING")
+        with pytest.raises(FencedError):
+            await self.write(redis, 10, 2, "FINISHED")
+        assert await index() == [(b"r", 11)]
+        await self.write(redis, 11, 3, "FINISHED")
+        assert await self.write(redis, 11, 2, "RUNNING") == 0  # late
+        assert await index() == []
 
     async def test_the_same_write_again_is_the_same(self, redis: Redis) -> None:
         for _ in range(2):
@@ -158,7 +173,7 @@ class TestWriter:
         requests = [change(request(str(i))) for i in range(1000)]
         assert await journal.drain(10)
         assert all(one.durable for one in requests)
-        assert await redis.dbsize() == 1001  # and the incarnation
+        assert await redis.dbsize() == 1002  # and the incarnation and the index
 
     async def test_waits_for_a_redis_that_is_away_within_its_bound(self, server: RedisServer, redis: Redis) -> None:
         journal = make_journal(redis, limit=3)

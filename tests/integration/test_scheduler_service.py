@@ -109,6 +109,21 @@ class TestDispatch:
         assert (revoked.request_id, revoked.lease, revoked.reason) == ("r", lease, "CANCELLED")
         assert (await links.describe("r")).state == "CANCELLED"
 
+    async def test_a_withdrawal_leaves_another_gateways_request(self, links: SchedulerLinks) -> None:
+        owner, other = await links.gateway("g1"), await links.gateway("g2")
+        await links.worker()
+        await owner.place("r")
+        await other.submit("r")
+        await other.send(dp.DispatchRequest(cancels=[dp.Cancel(request_id="r", withdrawn=True)]))
+        await other.submit("later")
+        await until(lambda: other.lease("later"))  # the withdrawal has been read
+        assert (await links.describe("r")).state == "PLACED"
+        withdrawn = dp.Cancel(request_id="later", withdrawn=True)
+        again = dp.Submit(request_id="later", model="m", prompt_ids=[1], max_tokens=8, n=1)
+        await other.send(dp.DispatchRequest(cancels=[withdrawn], submits=[again]))
+        await until(lambda: other.by_id("refused", "later"))  # its id came again in the very message that withdrew it
+        assert (await links.describe("later")).state == "CANCELLED"
+
     async def test_a_broken_link_comes_back_to_its_requests(self, links: SchedulerLinks) -> None:
         gateway = await links.gateway()
         await links.worker()

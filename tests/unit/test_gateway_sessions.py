@@ -269,13 +269,13 @@ class TestDispatchSession:
         assert owner.told == ["FAILED DUPLICATE_REQUEST_ID"]
 
     def test_an_end_before_the_repeat_goes_out(self) -> None:
-        for happen, cancels in ((lambda s: s.on_expired("r", True), []), (lambda s: s.withdraw("r"), ["r"])):
+        for happen, withdrawals in ((lambda s: s.on_expired("r", True), []), (lambda s: s.withdraw("r"), ["r"])):
             session, _ = self.opened()
             session.broken()
             session.connected()
             happen(session)
             batch = session.collect()
-            assert (batch.submits, batch.cancels) == ([], cancels) if batch is not None else not cancels
+            assert (batch.submits, batch.withdrawals) == ([], withdrawals) if batch is not None else not withdrawals
 
     def test_a_duplicate_that_is_one(self) -> None:
         session, owner = self.opened()
@@ -302,12 +302,22 @@ class TestDispatchSession:
         session, owner = self.opened()
         session.withdraw("r")
         batch = session.collect()
-        assert batch is not None and batch.cancels == ["r"]
+        assert batch is not None and (batch.withdrawals, batch.cancels) == (["r"], [])
         session.on_placed("r", LEG)
         batch = session.collect()
         assert batch is not None
         assert [(f.lease, f.outcome) for f in batch.finished] == [(7, Outcome.CANCELLED)]
         assert owner.told == []
+
+    def test_a_clients_cancel_is_no_withdrawal_and_both_survive_a_break(self) -> None:
+        session, _ = self.opened()
+        session.withdraw("r")
+        session.cancel("elsewhere")
+        for _ in range(2):
+            batch = session.collect()
+            assert batch is not None and (batch.withdrawals, batch.cancels) == (["r"], ["elsewhere"])
+            session.broken()  # it may not have arrived
+            session.connected()
 
     def test_an_unsent_submission_is_just_taken_back(self) -> None:
         session = DispatchSession()

@@ -191,6 +191,19 @@ class TestCancel:
         assert told(gateway) == []
         assert worker.placed == 0
 
+    def test_a_withdrawal_reaches_its_own_gateways_request_only(self, bench: Bench) -> None:
+        owner, other, third = bench.gateway("g1"), bench.gateway("g2"), bench.gateway("g3")
+        bench.worker()
+        bench.submit(owner, "r")
+        bench.submit(other, "r")  # refused, while its withdrawal is on its way
+        assert not bench.core.withdraw(other, "r")
+        assert bench.state("r") is State.PLACED
+        bench.core.take_over(third, bench.request("r").submission, 1)
+        assert not bench.core.withdraw(owner, "r")  # it crossed the take-over
+        assert bench.state("r") is State.PLACED
+        assert bench.core.withdraw(third, "r")
+        assert bench.state("r") is State.CANCELLED
+
     def test_of_an_ended_request_is_refused_and_counted(self, bench: Bench) -> None:
         gateway = bench.gateway()
         bench.worker()

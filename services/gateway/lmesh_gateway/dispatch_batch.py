@@ -41,7 +41,8 @@ class DispatchBatch:
     """One message. Announces go in messages of their own, before whatever else is said about their requests."""
 
     submits: list[Plan] = field(default_factory=list)
-    cancels: list[str] = field(default_factory=list)
+    cancels: list[str] = field(default_factory=list)  # for a client, wherever they are
+    withdrawals: list[str] = field(default_factory=list)  # this gateway's own
     started: list[tuple[str, int]] = field(default_factory=list)
     finished: list[Report] = field(default_factory=list)
     workers_lost: list[tuple[str, str]] = field(default_factory=list)
@@ -55,6 +56,7 @@ class DispatchBatch:
         return not (
             self.submits
             or self.cancels
+            or self.withdrawals
             or self.started
             or self.finished
             or self.workers_lost

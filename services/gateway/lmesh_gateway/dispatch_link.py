@@ -196,7 +196,10 @@ class DispatchLink:
 def _request(batch: DispatchBatch) -> dispatch_pb2.DispatchRequest:
     return dispatch_pb2.DispatchRequest(
         submits=[_submit(plan) for plan in batch.submits],
-        cancels=[dispatch_pb2.Cancel(request_id=request_id) for request_id in batch.cancels],
+        cancels=[
+            *(dispatch_pb2.Cancel(request_id=request_id) for request_id in batch.cancels),
+            *(dispatch_pb2.Cancel(request_id=request_id, withdrawn=True) for request_id in batch.withdrawals),
+        ],
         started=[dispatch_pb2.Started(request_id=request_id, lease=lease) for request_id, lease in batch.started],
         finished=[_finished(report) for report in batch.finished],
         workers_lost=[dispatch_pb2.WorkerLost(worker_id=w, epoch=epoch) for w, epoch in batch.workers_lost],

@@ -104,7 +104,7 @@ class DispatchSession:
             return
         self._unsay(entry)
         if entry.sent or entry.held is not None:
-            self._outbox.cancels.append(request_id)
+            self._outbox.withdrawals.append(request_id)
 
     def disown(self, request_id: str) -> None:
         """A request is another owner's now: nothing is said of it."""
@@ -212,6 +212,7 @@ class DispatchSession:
         """The stream is gone: what was being written may not have arrived."""
         lost, self._writing = self._writing, DispatchBatch()
         self._outbox.cancels[:0] = lost.cancels
+        self._outbox.withdrawals[:0] = lost.withdrawals
         self._outbox.started[:0] = lost.started
         self._outbox.finished[:0] = lost.finished
         self._outbox.workers_lost[:0] = lost.workers_lost

@@ -108,11 +108,14 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
         for announce in message.announces:
             leg = Leg(worker_id=announce.leg.worker_id, epoch=announce.leg.epoch, lease=announce.leg.lease)
             self._scheduler.announce(gateway, _submission(announce.submit), leg, started=announce.started)
+        for withdrawn in [cancel for cancel in message.cancels if cancel.withdrawn]:
+            # Before the submissions: what is withdrawn was submitted by an earlier message, and its id may come again.
+            self._scheduler.withdraw(gateway, withdrawn.request_id)
         for takeover in message.takeovers:
             self._scheduler.take_over(gateway, _submission(takeover.submit), takeover.owner_epoch)
         for submit in message.submits:
             self._scheduler.submit(gateway, _submission(submit))
-        for cancel in message.cancels:
+        for cancel in [cancel for cancel in message.cancels if not cancel.withdrawn]:
             self._scheduler.cancel(gateway, cancel.request_id)
         for started in message.started:
             self._scheduler.started(started.request_id, started.lease)

@@ -11,6 +11,7 @@ from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.deadlines import Deadlines
 from lmesh_scheduler.fleet import Fleet, Held, Worker
 from lmesh_scheduler.gateways import Event, Gateway, Queued, Refused, Revoked
+from lmesh_scheduler.orphans import Orphans
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.requests import Request, RequestTable, State
 from lmesh_scheduler.shares import Shares
@@ -52,6 +53,7 @@ class Failover:
         settings: SchedulerSettings,
         *,
         requests: RequestTable,
+        orphans: Orphans,
         fleet: Fleet,
         placements: Placements,
         deadlines: Deadlines,
@@ -60,7 +62,7 @@ class Failover:
         tell: Tell,
         end: Callable[[Request, State, str], None],
     ) -> None:
-        self._settings = settings
+        self._settings, self._orphans = settings, orphans
         self._requests, self._fleet, self._placements, self._deadlines = requests, fleet, placements, deadlines
         self._shares, self._clock, self._tell, self._end = shares, clock, tell, end
         self._awaited: dict[tuple[str, str], _Awaited] = {}
@@ -115,6 +117,7 @@ class Failover:
     def adopt(self, request: Request, leg: Leg, *, started: bool) -> None:
         """A request that its gateway announced goes on under the lease of an earlier scheduler."""
         request.lease, request.worker_id, request.epoch, request.placements = leg.lease, leg.worker_id, leg.epoch, 1
+        self._orphans.claim(request)
         self._requests.adopt(request, started=started)
         self._shares.enter(request.submission.tenant)
         self._shares.charge(request)
@@ -164,9 +167,13 @@ class Failover:
                 self._give_up(key, awaited.requests)
         for lease, one in list(self._unannounced.items()):
             if now - one.since >= self._settings.gateway_grace_s or not self._fleet.current(one.worker):
-                del self._unannounced[lease]
-                one.worker.take_back(_unclaimed(lease))
-                one.worker.revoke(lease)
+                self._drop_unannounced(lease)
+
+    def _drop_unannounced(self, lease: int) -> None:
+        one = self._unannounced.pop(lease, None)
+        if one is not None:
+            one.worker.take_back(_unclaimed(lease))
+            one.worker.revoke(lease)
 
     def _give_up(self, key: tuple[str, str], requests: list[Request]) -> None:
         for request in requests:
@@ -179,19 +186,30 @@ class Failover:
 
     def take_over(self, gateway: Gateway, request: Request) -> None:
         """`request` takes the place of whatever is known under its id, live or lost with its gateway."""
-        old = self._requests.find(request.id)
+        known = self._requests.find(request.id)
+        old = known or self._orphan(gateway, request)
         if old is not None and (fault := _not_taken(old, request)) is not None:
             gateway.tell(Refused(request.id, *fault, 0))
             return
-        if old is not None and old.live:
-            self._part(old, gateway)
+        if known is not None and known.live:
+            self._part(known, gateway)
         else:
             self._shares.enter(request.submission.tenant)
-        self._requests.hand_over(old, request, {"gateway_id": gateway.id})
+        if (orphan := self._orphans.find(request.id)) is not None:
+            self._drop_unannounced(orphan.lease)
+            self._orphans.claim(request)
+        self._requests.hand_over(known, request, {"gateway_id": gateway.id})
         self._deadlines.add(request)
         self._placements.add_first(request)
         gateway.tell(Queued(request.id, 0))
         self._placements.place(request.submission.model)
+
+    def _orphan(self, gateway: Gateway, request: Request) -> Request | None:
+        """What an earlier scheduler had under its id, unless it was this very take-over, said again to this one."""
+        orphan = self._orphans.find(request.id)
+        if orphan is None or (orphan.gateway_id, orphan.owner_epoch) == (gateway.id, request.owner_epoch):
+            return None
+        return orphan
 
     def _part(self, old: Request, new_owner: Gateway) -> None:
         """Takes a live request from its worker or the queue, and from its gateway, unless that asked for it."""

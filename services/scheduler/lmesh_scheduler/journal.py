@@ -20,7 +20,12 @@ from lmesh_scheduler.scripts import FENCE, INCARNATION_KEY, PREFIX, Call, Script
 
 log = logging.getLogger(__name__)
 
-# KEYS: the incarnation, the record. ARGV: incarnation, version, TTL in ms, then fields and values.
+# The ids of live records, each with the incarnation that wrote it last: by it the next scheduler finds what this one
+# leaves. The TTL is that of the live record written last, so it outlives all that it names.
+LIVE_KEY = f"{PREFIX}live"
+
+# KEYS: the incarnation, the record, the index of live ones. ARGV: incarnation, version, TTL in ms, 1 if it is live
+# or 0, the request's id, then fields and values.
 # Sets the record if what it holds is older than this, by incarnation and then by version; both only ever grow.
 # Returns 1 (it holds this state now; also when an earlier call wrote it and the answer was lost) or 0 (it is newer).
 COMPARE_AND_SET = Script(
@@ -31,8 +36,14 @@ local incarnation, version, new = tonumber(held[1] or 0), tonumber(held[2] or 0)
 if incarnation > mine then return -1 end
 if incarnation == mine and version == new then return 1 end
 if incarnation == mine and version > new then return 0 end
-redis.call('HSET', KEYS[2], 'incarnation', ARGV[1], 'version', ARGV[2], unpack(ARGV, 4))
+redis.call('HSET', KEYS[2], 'incarnation', ARGV[1], 'version', ARGV[2], unpack(ARGV, 6))
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
+if ARGV[4] == '1' then
+  redis.call('ZADD', KEYS[3], ARGV[1], ARGV[5])
+  redis.call('PEXPIRE', KEYS[3], ARGV[3])
+else
+  redis.call('ZREM', KEYS[3], ARGV[5])
+end
 return 1
 """
 )
@@ -115,8 +126,9 @@ class Journal:
     def _call(self, request: Request) -> Call:
         ttl = self._live_ttl_ms if request.live else self._ended_ttl_ms
         fields = (item for pair in _fields(request).items() for item in pair)
-        keys = [INCARNATION_KEY, request_key(request.id)]
-        return Call(COMPARE_AND_SET, keys, [self._incarnation, request.version, ttl, *fields])
+        keys = [INCARNATION_KEY, request_key(request.id), LIVE_KEY]
+        head = (self._incarnation, request.version, ttl, int(request.live), request.id)
+        return Call(COMPARE_AND_SET, keys, [*head, *fields])
 
     def _settle(self, request: Request, version: int, answer: int) -> None:
         if answer == 1:
@@ -145,6 +157,7 @@ def _fields(request: Request) -> dict[str, str | int]:
         "worker_id": request.worker_id,
         "epoch": request.epoch,
         "lease": request.lease,
+        "owner_epoch": request.owner_epoch,
         "deadline": f"{request.expires_at:.3f}",
         "reason": request.reason,
         "prompt_tokens": request.prompt_tokens,

@@ -168,6 +168,10 @@ class RequestTable:
         self._live[request.id] = request
         self._note(request, "announced", {"worker_id": request.worker_id})
 
+    def forget(self, request: Request) -> None:
+        """An ended request is to live again, as another under its id."""
+        self._ended.pop(request.id, None)
+
     def hand_over(self, old: Request | None, new: Request, detail: dict[str, str]) -> None:
         """`new` takes the place of `old`, live or ended, under the same id: QUEUED, with the same timeline."""
         if old is not None:
@@ -177,6 +181,14 @@ class RequestTable:
             new.timeline = [*old.timeline, *new.timeline]
         self._live[new.id] = new
         self._note(new, "resumed", detail)
+
+    def add_ended(self, request: Request, state: State, reason: str) -> None:
+        """A request that an earlier scheduler left live ends here. Raises TransitionError when its id is known."""
+        if self.find(request.id) is not None:
+            raise TransitionError(f"{request.id} is known already")
+        self._live[request.id] = request
+        request.reason = reason
+        self.move(request, state, {"reason": reason} if reason else {})
 
     def move(self, request: Request, to: State, detail: dict[str, str] | None = None) -> None:
         """Changes the state; TransitionError, counted, where the table does not have the change."""

@@ -17,13 +17,15 @@ from lmesh_scheduler.errors import WorkerIdInUseError
 from lmesh_scheduler.failover import Failover, Leg
 from lmesh_scheduler.fleet import Fleet, Heartbeat, Hello, Worker
 from lmesh_scheduler.gatekeeper import Gatekeeper
-from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Placed, Queued, Refused, Revoked
+from lmesh_scheduler.gateways import Event, Expired, Gateway, Gateways, Queued, Refused, Revoked
 from lmesh_scheduler.inheritance import Inheritance
 from lmesh_scheduler.limits import Limits
+from lmesh_scheduler.orphans import Orphans
 from lmesh_scheduler.placements import Placements
 from lmesh_scheduler.prefix_index import PrefixIndex, boot_of
 from lmesh_scheduler.requests import LIVE, Ending, Request, RequestTable, State, Submission, TransitionError
 from lmesh_scheduler.shares import Shares
+from lmesh_scheduler.standing import placed, tell_standing
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Scheduler:
         self._clock, self._wall = clock, wall
         self.incarnation = incarnation
         self.requests = RequestTable(ended_kept=settings.ended_kept, wall=wall, journal=journal)
+        self.orphans = Orphans(self.requests, lost_s=settings.gateway_lost_s, clock=clock)
         self.fleet = Fleet(
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
@@ -79,6 +82,7 @@ class Scheduler:
         self.failover = Failover(
             settings,
             requests=self.requests,
+            orphans=self.orphans,
             fleet=self.fleet,
             placements=self.placements,
             deadlines=self._deadlines,
@@ -106,26 +110,7 @@ class Scheduler:
         return gateway
 
     def _tell_standing(self, gateway: Gateway, request: Request) -> None:
-        if request.live and request.lost_lease:
-            gateway.tell(Revoked(request.id, request.lost_lease, request.lost_reason, requeued=True))
-        standing = self._standing(request)
-        if standing is not None:
-            gateway.tell(standing)
-
-    def _standing(self, request: Request) -> Event | None:
-        """Where a request is, in the words that its gateway was told once; None where there were none."""
-        if request.state is State.QUEUED:
-            return Queued(request.id, self.placements.position(request))
-        if request.live:
-            worker = self.fleet.find(request.worker_id, request.epoch)
-            return None if worker is None else _placed(request, worker)
-        if request.reported:
-            return None
-        if request.state is State.EXPIRED:
-            return Expired(request.id, not request.lease)
-        if request.reason == errors.GATEWAY_LOST and request.lease:
-            return None  # its stream may well have gone on meanwhile: it needs no scheduler
-        return Revoked(request.id, request.lease, request.reason or errors.CANCELLED)
+        tell_standing(gateway, request, self.placements, self.fleet)
 
     def gateway_left(self, gateway: Gateway) -> None:
         """A Dispatch link broke; its requests go on until the grace period ends."""
@@ -142,7 +127,11 @@ class Scheduler:
             if known.reason == errors.GATEWAY_LOST and not known.reported:
                 gateway.tell(Revoked(known.id, known.lease, known.reason))
                 return
-        refusal = self.gatekeeper.refusal(submission) or self._admit(gateway, submission)
+        refusal = (
+            self.orphans.refusal(gateway, submission.request_id)
+            or self.gatekeeper.refusal(submission)
+            or self._admit(gateway, submission)
+        )
         if refusal is not None:
             self.refused_by_reason[refusal.reason] += 1
             gateway.tell(refusal)
@@ -153,6 +142,7 @@ class Scheduler:
             position = self.placements.add(request)
         except QueueFullError as error:
             return Refused(request.id, errors.QUEUE_FULL, f"{error}; try again later", error.retry_after_ms)
+        self.orphans.claim(request)
         self.requests.add(request)
         self.shares.enter(submission.tenant)
         self.limits.admitted(submission.tenant, request.prompt_tokens)
@@ -168,10 +158,11 @@ class Scheduler:
 
     def announce(self, gateway: Gateway, submission: Submission, leg: Leg, *, started: bool) -> None:
         """A gateway tells a request that an earlier scheduler placed; what is known already is told back."""
+        self.orphans.restore(gateway, submission.request_id)
         known = self.requests.find(submission.request_id)
-        if known is None:
+        if known is None and not self.orphans.overtaken(gateway, submission.request_id, leg.lease):
             self.failover.adopt(self.gatekeeper.request(gateway, submission), leg, started=started)
-        elif known.gateway_id == gateway.id:
+        elif known is not None and known.gateway_id == gateway.id:
             self._tell_standing(gateway, known)
         else:
             gateway.tell(Revoked(submission.request_id, leg.lease, errors.RESUMED_ELSEWHERE))
@@ -196,7 +187,7 @@ class Scheduler:
         """
         request = self.requests.find(request_id)
         if request is None:
-            return False
+            return self.orphans.cancel(request_id)
         try:
             self._end(request, State.CANCELLED, "")
         except TransitionError:
@@ -204,6 +195,11 @@ class Scheduler:
         if request.gateway_id != gateway.id:
             self._tell_owner(request, Revoked(request_id, request.lease, errors.CANCELLED))
         return True
+
+    def withdraw(self, gateway: Gateway, request_id: str) -> bool:
+        """A gateway no longer wants its own request; one of that id that is (by now) another's goes on."""
+        request = self.requests.find(request_id) or self.orphans.find(request_id)
+        return request is not None and request.gateway_id == gateway.id and self.cancel(gateway, request_id)
 
     def started(self, request_id: str, lease: int) -> None:
         """The worker's first output has come. A repeat, or one under an older lease, is dropped."""
@@ -307,7 +303,7 @@ class Scheduler:
     def _granted(self, request: Request, worker: Worker) -> None:
         self.requests.move(request, State.PLACED, {"worker_id": worker.hello.worker_id})
         self._end_span(request, "placed")
-        self._tell_owner(request, _placed(request, worker))
+        self._tell_owner(request, placed(request, worker))
 
     def _end(self, request: Request, state: State, reason: str) -> None:
         """Ends a live request and gives its place to another. Raises TransitionError."""
@@ -349,6 +345,7 @@ class Scheduler:
         for gateway in self.gateways.lost():
             self._drop_requests_of(gateway, LIVE)
         self.failover.tick()
+        self.orphans.tick()
         if not self._settled:
             for model in self.placements.models():
                 self.placements.place(model)
@@ -388,8 +385,3 @@ class Scheduler:
     def _revoke_waiting(self, model: str, reason: str) -> None:
         for request in self.placements.waiting(model):
             self._revoke(request, reason)
-
-
-def _placed(request: Request, worker: Worker) -> Placed:
-    hello = worker.hello
-    return Placed(request.id, hello.worker_id, hello.epoch, hello.address, request.lease)

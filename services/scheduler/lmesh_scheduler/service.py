@@ -25,6 +25,7 @@ from lmesh_scheduler.fleet_store import FleetStore
 from lmesh_scheduler.index_store import IndexStore
 from lmesh_scheduler.inheritance import Inheritance, read_inheritance
 from lmesh_scheduler.journal import Journal
+from lmesh_scheduler.orphan_store import OrphanStore
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.scripts import FencedError, next_incarnation
 from lmesh_scheduler.tenant_store import TenantStore
@@ -63,6 +64,9 @@ class SchedulerService:
         self._store = FleetStore(redis, incarnation=incarnation, ttl_s=max(10.0, 2 * settings.lease_ttl_s))
         ttl_s = max(60.0, 4 * settings.lease_ttl_s)
         self._index_store = IndexStore(redis, self.scheduler.index, incarnation=incarnation, ttl_s=ttl_s)
+        self._orphan_store = OrphanStore(
+            redis, self.scheduler.orphans, incarnation=incarnation, limit=settings.journal_limit
+        )
         self._tenant_store = TenantStore(redis, self.scheduler.limits, incarnation=incarnation, wall=time.time)
         self._dispatch = dispatch_servicer.DispatchServicer(self.scheduler, self._journal)
         self._fleet = fleet_servicer.FleetServicer(
@@ -85,6 +89,7 @@ class SchedulerService:
         with metrics.exposed(REGISTRY, self.scheduler, self._journal):
             page = await self._metrics_page()
             try:
+                await self._find_orphans()
                 port = await self.server.start()
                 self.server.set_all_serving(True)
                 log.info("ready", extra={"port": port, "incarnation": self.scheduler.incarnation})
@@ -92,6 +97,16 @@ class SchedulerService:
             finally:
                 if page is not None:
                     await page.close()
+
+    async def _find_orphans(self) -> None:
+        """Before any gateway speaks, if Redis is quick; what does not get through is tried again with the writes."""
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout_s):
+                await self._orphan_store.read()
+        except FencedError:
+            pass  # the first write says so and ends this process in order
+        except (RedisError, OSError) as error:
+            self._journal.heard(False, str(error))
 
     async def _serve(self, shutdown: Shutdown) -> int:
         try:
@@ -151,6 +166,7 @@ class SchedulerService:
                 await self._store.write(self.scheduler.fleet.workers())
                 await self._index_store.write()
                 await self._tenant_store.write()
+                await self._orphan_store.read()
             except (RedisError, OSError) as error:
                 self._journal.heard(False, str(error))
             else:

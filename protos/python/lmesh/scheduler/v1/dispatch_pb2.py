@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from lmesh.scheduler.v1 import model_pb2 as lmesh_dot_scheduler_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lmesh/scheduler/v1/dispatch.proto\x12\x12lmesh.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1elmesh/scheduler/v1/model.proto\"\xc2\x03\n\x0f\x44ispatchRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32 .lmesh.scheduler.v1.GatewayHello\x12+\n\x07submits\x18\x02 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Cancel\x12,\n\x07started\x18\x04 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Started\x12.\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.Finished\x12\x34\n\x0cworkers_lost\x18\x06 \x03(\x0b\x32\x1e.lmesh.scheduler.v1.WorkerLost\x12.\n\tlegs_lost\x18\x07 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.LegLost\x12/\n\tannounces\x18\x08 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.Announce\x12/\n\ttakeovers\x18\t \x03(\x0b\x32\x1c.lmesh.scheduler.v1.TakeOver\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xf6\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\nprompt_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\t\n\x01n\x18\x05 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\x12\x18\n\x10queue_timeout_ms\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x18\n\x10\x64\x65livered_tokens\x18\x0c \x01(\r\"<\n\x07LegLost\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"m\n\x08\x41nnounce\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12$\n\x03leg\x18\x02 \x01(\x0b\x32\x17.lmesh.scheduler.v1.Leg\x12\x0f\n\x07started\x18\x03 \x01(\x08\"K\n\x08TakeOver\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12\x13\n\x0bowner_epoch\x18\x02 \x01(\x04\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\",\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\"\xc8\x01\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.lmesh.scheduler.v1.Outcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12)\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Event\"\xa6\x01\n\x05\x45vent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x35\n\x06\x64\x65tail\x18\x03 \x03(\x0b\x32%.lmesh.scheduler.v1.Event.DetailEntry\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\nWorkerLost\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\xda\x02\n\x10\x44ispatchResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32\".lmesh.scheduler.v1.SchedulerHello\x12*\n\x06queued\x18\x02 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Queued\x12*\n\x06placed\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Placed\x12,\n\x07revoked\x18\x04 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Revoked\x12,\n\x07\x65xpired\x18\x05 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Expired\x12,\n\x07refused\x18\x06 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Refused\x12\x31\n\x07\x63\x61talog\x18\x07 \x01(\x0b\x32 .lmesh.scheduler.v1.ModelCatalog\"%\n\x0eSchedulerHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\".\n\x06Queued\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"o\n\x03Leg\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.lmesh.scheduler.v1.Role\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05lease\x18\x05 \x01(\x04\"C\n\x06Placed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x04legs\x18\x02 \x03(\x0b\x32\x17.lmesh.scheduler.v1.Leg\"N\n\x07Revoked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08requeued\x18\x04 \x01(\x08\"-\n\x07\x45xpired\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\x08\"V\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\",\n\x16\x44\x65scribeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x8d\x02\n\x17\x44\x65scribeRequestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12+\n\x08timeline\x18\x05 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Event\x12\x16\n\x0e\x66\x61ilure_reason\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x0f\n\x07\x64urable\x18\n \x01(\x08\x12\x0e\n\x06tenant\x18\x0b \x01(\t*x\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_FINISHED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*b\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_UNIFIED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x12\x0f\n\x0bROLE_ENCODE\x10\x04\x32\xd8\x01\n\x0f\x44ispatchService\x12Y\n\x08\x44ispatch\x12#.lmesh.scheduler.v1.DispatchRequest\x1a$.lmesh.scheduler.v1.DispatchResponse(\x01\x30\x01\x12j\n\x0f\x44\x65scribeRequest\x12*.lmesh.scheduler.v1.DescribeRequestRequest\x1a+.lmesh.scheduler.v1.DescribeRequestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lmesh/scheduler/v1/dispatch.proto\x12\x12lmesh.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1elmesh/scheduler/v1/model.proto\"\xc2\x03\n\x0f\x44ispatchRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32 .lmesh.scheduler.v1.GatewayHello\x12+\n\x07submits\x18\x02 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Cancel\x12,\n\x07started\x18\x04 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Started\x12.\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.Finished\x12\x34\n\x0cworkers_lost\x18\x06 \x03(\x0b\x32\x1e.lmesh.scheduler.v1.WorkerLost\x12.\n\tlegs_lost\x18\x07 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.LegLost\x12/\n\tannounces\x18\x08 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.Announce\x12/\n\ttakeovers\x18\t \x03(\x0b\x32\x1c.lmesh.scheduler.v1.TakeOver\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xf6\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\nprompt_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\t\n\x01n\x18\x05 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\x12\x18\n\x10queue_timeout_ms\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x18\n\x10\x64\x65livered_tokens\x18\x0c \x01(\r\"<\n\x07LegLost\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"m\n\x08\x41nnounce\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12$\n\x03leg\x18\x02 \x01(\x0b\x32\x17.lmesh.scheduler.v1.Leg\x12\x0f\n\x07started\x18\x03 \x01(\x08\"K\n\x08TakeOver\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.lmesh.scheduler.v1.Submit\x12\x13\n\x0bowner_epoch\x18\x02 \x01(\x04\"/\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\twithdrawn\x18\x02 \x01(\x08\",\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\"\xc8\x01\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.lmesh.scheduler.v1.Outcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12)\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Event\"\xa6\x01\n\x05\x45vent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x35\n\x06\x64\x65tail\x18\x03 \x03(\x0b\x32%.lmesh.scheduler.v1.Event.DetailEntry\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\nWorkerLost\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\xda\x02\n\x10\x44ispatchResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32\".lmesh.scheduler.v1.SchedulerHello\x12*\n\x06queued\x18\x02 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Queued\x12*\n\x06placed\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Placed\x12,\n\x07revoked\x18\x04 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Revoked\x12,\n\x07\x65xpired\x18\x05 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Expired\x12,\n\x07refused\x18\x06 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.Refused\x12\x31\n\x07\x63\x61talog\x18\x07 \x01(\x0b\x32 .lmesh.scheduler.v1.ModelCatalog\"%\n\x0eSchedulerHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\".\n\x06Queued\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"o\n\x03Leg\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.lmesh.scheduler.v1.Role\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05lease\x18\x05 \x01(\x04\"C\n\x06Placed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x04legs\x18\x02 \x03(\x0b\x32\x17.lmesh.scheduler.v1.Leg\"N\n\x07Revoked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08requeued\x18\x04 \x01(\x08\"-\n\x07\x45xpired\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\x08\"V\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\",\n\x16\x44\x65scribeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x8d\x02\n\x17\x44\x65scribeRequestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12+\n\x08timeline\x18\x05 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Event\x12\x16\n\x0e\x66\x61ilure_reason\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x0f\n\x07\x64urable\x18\n \x01(\x08\x12\x0e\n\x06tenant\x18\x0b \x01(\t*x\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_FINISHED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*b\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_UNIFIED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x12\x0f\n\x0bROLE_ENCODE\x10\x04\x32\xd8\x01\n\x0f\x44ispatchService\x12Y\n\x08\x44ispatch\x12#.lmesh.scheduler.v1.DispatchRequest\x1a$.lmesh.scheduler.v1.DispatchResponse(\x01\x30\x01\x12j\n\x0f\x44\x65scribeRequest\x12*.lmesh.scheduler.v1.DescribeRequestRequest\x1a+.lmesh.scheduler.v1.DescribeRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMIT'].fields_by_name['prompt_ids']._serialized_options = b'\020\001'
   _globals['_EVENT_DETAILENTRY']._loaded_options = None
   _globals['_EVENT_DETAILENTRY']._serialized_options = b'8\001'
-  _globals['_OUTCOME']._serialized_start=2757
-  _globals['_OUTCOME']._serialized_end=2877
-  _globals['_ROLE']._serialized_start=2879
-  _globals['_ROLE']._serialized_end=2977
+  _globals['_OUTCOME']._serialized_start=2776
+  _globals['_OUTCOME']._serialized_end=2896
+  _globals['_ROLE']._serialized_start=2898
+  _globals['_ROLE']._serialized_end=2996
   _globals['_DISPATCHREQUEST']._serialized_start=123
   _globals['_DISPATCHREQUEST']._serialized_end=573
   _globals['_GATEWAYHELLO']._serialized_start=575
@@ -54,37 +54,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAKEOVER']._serialized_start=1033
   _globals['_TAKEOVER']._serialized_end=1108
   _globals['_CANCEL']._serialized_start=1110
-  _globals['_CANCEL']._serialized_end=1138
-  _globals['_STARTED']._serialized_start=1140
-  _globals['_STARTED']._serialized_end=1184
-  _globals['_FINISHED']._serialized_start=1187
-  _globals['_FINISHED']._serialized_end=1387
-  _globals['_EVENT']._serialized_start=1390
-  _globals['_EVENT']._serialized_end=1556
-  _globals['_EVENT_DETAILENTRY']._serialized_start=1511
-  _globals['_EVENT_DETAILENTRY']._serialized_end=1556
-  _globals['_WORKERLOST']._serialized_start=1558
-  _globals['_WORKERLOST']._serialized_end=1604
-  _globals['_DISPATCHRESPONSE']._serialized_start=1607
-  _globals['_DISPATCHRESPONSE']._serialized_end=1953
-  _globals['_SCHEDULERHELLO']._serialized_start=1955
-  _globals['_SCHEDULERHELLO']._serialized_end=1992
-  _globals['_QUEUED']._serialized_start=1994
-  _globals['_QUEUED']._serialized_end=2040
-  _globals['_LEG']._serialized_start=2042
-  _globals['_LEG']._serialized_end=2153
-  _globals['_PLACED']._serialized_start=2155
-  _globals['_PLACED']._serialized_end=2222
-  _globals['_REVOKED']._serialized_start=2224
-  _globals['_REVOKED']._serialized_end=2302
-  _globals['_EXPIRED']._serialized_start=2304
-  _globals['_EXPIRED']._serialized_end=2349
-  _globals['_REFUSED']._serialized_start=2351
-  _globals['_REFUSED']._serialized_end=2437
-  _globals['_DESCRIBEREQUESTREQUEST']._serialized_start=2439
-  _globals['_DESCRIBEREQUESTREQUEST']._serialized_end=2483
-  _globals['_DESCRIBEREQUESTRESPONSE']._serialized_start=2486
-  _globals['_DESCRIBEREQUESTRESPONSE']._serialized_end=2755
-  _globals['_DISPATCHSERVICE']._serialized_start=2980
-  _globals['_DISPATCHSERVICE']._serialized_end=3196
+  _globals['_CANCEL']._serialized_end=1157
+  _globals['_STARTED']._serialized_start=1159
+  _globals['_STARTED']._serialized_end=1203
+  _globals['_FINISHED']._serialized_start=1206
+  _globals['_FINISHED']._serialized_end=1406
+  _globals['_EVENT']._serialized_start=1409
+  _globals['_EVENT']._serialized_end=1575
+  _globals['_EVENT_DETAILENTRY']._serialized_start=1530
+  _globals['_EVENT_DETAILENTRY']._serialized_end=1575
+  _globals['_WORKERLOST']._serialized_start=1577
+  _globals['_WORKERLOST']._serialized_end=1623
+  _globals['_DISPATCHRESPONSE']._serialized_start=1626
+  _globals['_DISPATCHRESPONSE']._serialized_end=1972
+  _globals['_SCHEDULERHELLO']._serialized_start=1974
+  _globals['_SCHEDULERHELLO']._serialized_end=2011
+  _globals['_QUEUED']._serialized_start=2013
+  _globals['_QUEUED']._serialized_end=2059
+  _globals['_LEG']._serialized_start=2061
+  _globals['_LEG']._serialized_end=2172
+  _globals['_PLACED']._serialized_start=2174
+  _globals['_PLACED']._serialized_end=2241
+  _globals['_REVOKED']._serialized_start=2243
+  _globals['_REVOKED']._serialized_end=2321
+  _globals['_EXPIRED']._serialized_start=2323
+  _globals['_EXPIRED']._serialized_end=2368
+  _globals['_REFUSED']._serialized_start=2370
+  _globals['_REFUSED']._serialized_end=2456
+  _globals['_DESCRIBEREQUESTREQUEST']._serialized_start=2458
+  _globals['_DESCRIBEREQUESTREQUEST']._serialized_end=2502
+  _globals['_DESCRIBEREQUESTRESPONSE']._serialized_start=2505
+  _globals['_DESCRIBEREQUESTRESPONSE']._serialized_end=2774
+  _globals['_DISPATCHSERVICE']._serialized_start=2999
+  _globals['_DISPATCHSERVICE']._serialized_end=3215
 # @@protoc_insertion_point(module_scope)

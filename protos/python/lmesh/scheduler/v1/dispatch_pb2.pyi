@@ -110,7 +110,7 @@ class DispatchRequest(_message.Message):
 
     @_builtins.property
     def cancels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cancel]:
-        """Requests to cancel, of this gateway or of another."""
+        """Requests to cancel, of this gateway or, unless withdrawn, of another."""
 
     @_builtins.property
     def started(self) -> _containers.RepeatedCompositeFieldContainer[Global___Started]:
@@ -346,16 +346,22 @@ class Cancel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
+    withdrawn: _builtins.bool
+    """Its gateway wants it no longer: one that is another gateway's (by now) goes on. False for a client's Cancel call,
+    which reaches a request wherever it is.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        withdrawn: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "withdrawn", b"withdrawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
