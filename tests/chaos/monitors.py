@@ -25,8 +25,7 @@ class Monitor:
 
     def __init__(self, specs: dict[str, Spec], fail: Callable[[str], None]) -> None:
         self._specs, self._fail = specs, fail
-        # (incarnation, request) -> state, lease, reason
-        self._states: dict[tuple[int, str], tuple[State, int, str]] = {}
+        self._states: dict[tuple[int, str], tuple[State, int, str]] = {}  # by incarnation and request
         self._leases: dict[int, tuple[str, str]] = {}  # lease -> request, the worker's epoch
 
     @contextmanager

@@ -94,8 +94,11 @@ class DispatchLink:
         self._link.wake()
 
     def take_over(self, plan: Plan, listener: PlacementListener, owner_epoch: int) -> None:
-        """Asks for a request that another gateway holds. Raises as `submit`."""
-        if not self.connected:
+        """Asks for a request that another gateway held; it was admitted before, so it waits for a scheduler as those do.
+
+        Raises DuplicateRequestIdError, or SchedulerUnavailableError when none has been there for longer than the grace.
+        """
+        if self._session.given_up:
             raise SchedulerUnavailableError("the scheduler cannot be reached now; try again", retry_after_ms=1000)
         self._session.take_over(plan, listener, owner_epoch)
         self._link.wake()

@@ -72,6 +72,11 @@ class DispatchSession:
         self._outbox = DispatchBatch()
         self._writing = DispatchBatch()
 
+    @property
+    def given_up(self) -> bool:
+        """No scheduler has been there for longer than the grace."""
+        return self._given_up
+
     def live(self, request_id: str) -> Submitted | None:
         """The live request of that id in this gateway."""
         return self._live.get(request_id)

@@ -170,7 +170,8 @@ class Scheduler:
     def take_over(self, gateway: Gateway, submission: Submission, owner_epoch: int) -> None:
         """A gateway carries on what another one held, or itself without a client."""
         known = self.requests.find(submission.request_id)
-        if self.gatekeeper.draining and (known is None or not known.live):  # what was admitted may go on
+        admitted = known or self.orphans.find(submission.request_id)
+        if self.gatekeeper.draining and (admitted is None or not admitted.live):  # what was admitted may go on
             gateway.tell(self.gatekeeper.leaving(submission.request_id))
             return
         if known is not None and known.gateway_id == gateway.id and known.owner_epoch == owner_epoch:
