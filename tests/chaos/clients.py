@@ -165,7 +165,7 @@ class Client:
         if reason == "DUPLICATE_REQUEST_ID" and self.streams > 1:
             self.accepted = True  # an earlier stream of its own broke before it could say so
             reason = "NO_WORKER"
-        again = broken or reason in TRY_AGAIN
+        again = broken or (reason in TRY_AGAIN and "ended" not in error.metadata)
         if again:
             await asyncio.sleep(0.3 if self.streams < 5 else 1.5)
         else:

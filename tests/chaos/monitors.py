@@ -52,8 +52,9 @@ class Monitor:
         key = (incarnation, request.id)
         before, before_lease, reason = self._states.get(key, (None, 0, ""))
         self._states[key] = (request.state, request.lease, request.reason)
-        # Given up with its gateway, that came back all the same, or another that carries on.
-        back = reason == GATEWAY_LOST and request.timeline[-1].event in ("announced", "resumed")
+        # Given up with its gateway, that came back all the same; or another carries on, as when an end was lost.
+        again = reason == GATEWAY_LOST or before is State.FINISHED
+        back = again and request.timeline[-1].event in ("announced", "resumed")
         if before is not None and before not in LIVE and request.state is not before and not back:
             self._fail(f"{request.id} went from {before} to {request.state}: it ended twice")
         if request.state not in (State.PLACED, State.RUNNING):

@@ -118,7 +118,7 @@ class Crowd:
                 told = from_rpc_error(error)
                 if told.reason == "LEDGER_BEHIND" and "have" in told.metadata:
                     received.keep([int(count) for count in told.metadata["have"].split(".")])
-                again = received.accepted and _may_go_on(error, told.reason)
+                again = "ended" not in told.metadata and received.accepted and _may_go_on(error, told.reason)
                 if not again or time.monotonic() > deadline:
                     received.error = told.reason or error.code().name
                     return

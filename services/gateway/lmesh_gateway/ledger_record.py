@@ -57,9 +57,9 @@ class FailedEnd:
         return cls(reason=error.reason, message=error.message)
 
     def error(self) -> ServiceError:
-        """The same once more."""
+        """The same once more; metadata `ended` tells it from what is only so now."""
         known = next((kind for kind in _kinds(ServiceError) if kind.reason == self.reason), None)
-        return (known or InternalError)(self.message)
+        return (known or InternalError)(self.message, metadata={"ended": "true"})
 
 
 def _kinds(of: type[ServiceError]) -> list[type[ServiceError]]:

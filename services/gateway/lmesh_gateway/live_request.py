@@ -231,8 +231,8 @@ class LiveRequest:
     # -- what workers give
 
     def sequence_lost(self, error: ServiceError) -> None:
-        """A lost worker costs the placement, whose choices share it; a failure of the request itself ends it."""
-        if not isinstance(error, WorkerLostError):
+        """A worker that is lost or leaves costs the placement, whose choices share it; other failures end the request."""
+        if not isinstance(error, WorkerLostError | DrainingError):
             self._end(Outcome.FAILED, error)
         elif self._running is not None:
             lease = self._running.leg.lease

@@ -152,14 +152,22 @@ class Resumer:
             known = await self._records.describe(request.request_id, request.tenant)
         except RequestNotFoundError:
             known = None  # a scheduler that has lost its memory too
-        if known is not None and known.ended and known.failure_reason != "GATEWAY_LOST":
-            if known.state == "FINISHED":
-                raise LedgerBehindError(
-                    "the request has ended, and the ledger does not have all of it yet; try again",
-                    metadata={"have": ".".join(map(str, record.counts()))},
-                )
+        if known is not None and known.state == "FINISHED":
+            # Its end is on its way to the ledger; or its gateway died with it, and it is computed once more.
+            if await self._end_comes(request):
+                return None
+        elif known is not None and known.ended and known.failure_reason != "GATEWAY_LOST":
             raise RequestEndedError(f"request {request.request_id} has ended: {known.state}", field="request_id")
         return await self._parts.ledger.claim(record)
+
+    async def _end_comes(self, request: ResumeRequest) -> bool:
+        give_up_at = time.monotonic() + _BEHIND_WAIT_S
+        while time.monotonic() < give_up_at:
+            record = await self._parts.ledger.read(request.request_id)
+            if record is None or record.end is not None:
+                return True
+            await asyncio.sleep(_BEHIND_POLL_S)
+        return False
 
     def _taken_over(self, record: Record, cursor: Sequence[int]) -> Live:
         check_cursor(record.request_id, cursor, record.counts())

@@ -233,7 +233,8 @@ def _unclaimed(lease: int) -> str:
 def _not_taken(old: Request, new: Request) -> tuple[str, str] | None:
     if new.owner_epoch <= old.owner_epoch:
         return errors.RESUMED_ELSEWHERE, f"request {old.id} was resumed elsewhere meanwhile"
-    if not old.live and old.reason != errors.GATEWAY_LOST:
+    # Of a finished one the end got lost on its way to the ledger: the epoch shows that it was not there.
+    if not old.live and old.reason != errors.GATEWAY_LOST and old.state is not State.FINISHED:
         return errors.REQUEST_ENDED, f"request {old.id} has ended: {old.state}"
     if old.submission.tenant != new.submission.tenant:
         return errors.DUPLICATE_REQUEST_ID, f"request id {old.id} is another's; choose another"
