@@ -235,12 +235,12 @@ class TestTakeOver:
         assert [e.reason for e in told(third) if isinstance(e, Refused)] == ["RESUMED_ELSEWHERE"]
         assert bench.request("r").gateway_id == "g2"
 
-    def test_ended_ones_stay_ended_unless_their_gateway_was_lost(self, bench: Bench) -> None:
+    def test_ended_ones_stay_ended_unless_their_gateway_or_their_end_was_lost(self, bench: Bench) -> None:
         gateway, after = bench.gateway("g1"), bench.gateway("g2")
         bench.worker()
-        bench.submit(gateway, "done")
-        bench.finish("done")
-        bench.core.take_over(after, submission("done"), 1)
+        bench.submit(gateway, "gone")
+        bench.core.cancel("gone")
+        bench.core.take_over(after, submission("gone"), 1)
         assert [e.reason for e in told(after) if isinstance(e, Refused)] == ["REQUEST_ENDED"]
         bench.submit(gateway, "lost")
         bench.core.gateway_left(gateway)
@@ -248,6 +248,11 @@ class TestTakeOver:
         assert bench.request("lost").reason == "GATEWAY_LOST"
         bench.core.take_over(after, submission("lost"), 1)
         assert bench.state("lost") is State.PLACED
+        bench.submit(gateway, "done")
+        bench.finish("done")
+        bench.core.take_over(after, submission("done"), 1)  # the ledger had no end of it when it was claimed
+        assert bench.state("done") is State.PLACED
+        assert [e.event for e in bench.request("done").timeline][-2:] == ["resumed", "placed"]
 
     def test_an_unknown_one_is_taken_from_the_ledger(self, bench: Bench) -> None:
         gateway = bench.gateway()

@@ -61,7 +61,7 @@ class MeshLife(RuleBasedStateMachine):
         request_id = f"r{data.draw(st.integers(1, self.submitted))}"
         found = self.core.requests.find(request_id)
         if what == "cancel":
-            self.core.cancel(self.links[by], request_id)
+            self.core.cancel(request_id)
         elif found is not None and what == "start":
             self.core.started(request_id, found.lease)
         elif found is not None:

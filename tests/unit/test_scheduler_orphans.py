@@ -127,7 +127,7 @@ class TestTheirGatewayComesBack:
 
     def test_a_clients_cancel_ends_it_and_its_gateway_is_told(self, bench: Bench) -> None:
         bench.core.orphans.learn([orphan()])
-        assert bench.core.cancel(bench.gateway("g2"), "r")
+        assert bench.core.cancel("r")
         assert bench.state("r") is State.CANCELLED
         owner = bench.gateway("g1")
         told(owner)

@@ -116,7 +116,7 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
         for submit in message.submits:
             self._scheduler.submit(gateway, _submission(submit))
         for cancel in [cancel for cancel in message.cancels if not cancel.withdrawn]:
-            self._scheduler.cancel(gateway, cancel.request_id)
+            self._scheduler.cancel(cancel.request_id)
         for started in message.started:
             self._scheduler.started(started.request_id, started.lease)
         for finished in message.finished:

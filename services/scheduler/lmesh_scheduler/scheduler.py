@@ -181,8 +181,8 @@ class Scheduler:
         request.owner_epoch = owner_epoch
         self.failover.take_over(gateway, request)
 
-    def cancel(self, gateway: Gateway, request_id: str) -> bool:
-        """Ends a live request for its client; its gateway hears of it unless it asked itself.
+    def cancel(self, request_id: str, *, tell: bool = True) -> bool:
+        """Ends a live request for a client; its gateway hears of it, for it may have come there after the client asked.
 
         False when there is nothing to cancel; a request that has ended stays as it ended, and that is counted.
         """
@@ -193,14 +193,14 @@ class Scheduler:
             self._end(request, State.CANCELLED, "")
         except TransitionError:
             return False
-        if request.gateway_id != gateway.id:
+        if tell:
             self._tell_owner(request, Revoked(request_id, request.lease, errors.CANCELLED))
         return True
 
     def withdraw(self, gateway: Gateway, request_id: str) -> bool:
         """A gateway no longer wants its own request; one of that id that is (by now) another's goes on."""
         request = self.requests.find(request_id) or self.orphans.find(request_id)
-        return request is not None and request.gateway_id == gateway.id and self.cancel(gateway, request_id)
+        return request is not None and request.gateway_id == gateway.id and self.cancel(request_id, tell=False)
 
     def started(self, request_id: str, lease: int) -> None:
         """The worker's first output has come. A repeat, or one under an older lease, is dropped."""
