@@ -94,7 +94,7 @@ class DispatchLink:
         self._link.wake()
 
     def take_over(self, plan: Plan, listener: PlacementListener, owner_epoch: int) -> None:
-        """Asks for a request that another gateway held; it was admitted before, so it waits for a scheduler as those do.
+        """Asks for a request that another gateway held. It was admitted before, and waits for a scheduler as those do.
 
         Raises DuplicateRequestIdError, or SchedulerUnavailableError when none has been there for longer than the grace.
         """

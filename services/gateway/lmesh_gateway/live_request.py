@@ -231,7 +231,7 @@ class LiveRequest:
     # -- what workers give
 
     def sequence_lost(self, error: ServiceError) -> None:
-        """A worker that is lost or leaves costs the placement, whose choices share it; other failures end the request."""
+        """A worker that is lost or leaves costs the placement, shared by all choices; other failures end it."""
         if not isinstance(error, WorkerLostError | DrainingError):
             self._end(Outcome.FAILED, error)
         elif self._running is not None:
