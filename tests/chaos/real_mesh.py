@@ -71,15 +71,22 @@ class RealMesh:
 
     def placeable(self) -> set[str]:
         """Workers that the scheduler would place on now."""
+        fresh = [w for w in self._workers() if w.heartbeat_age_ms < HEARD_MS and not w.draining]
+        return {w.hello.worker_id for w in fresh if w.heartbeat.progress == fleet_pb2.PROGRESS_OK}
+
+    def used_blocks(self) -> int:
+        """KV blocks that live sequences hold, of all workers; as they said last."""
+        return sum(int(w.heartbeat.kv_blocks_used) for w in self._workers())
+
+    def _workers(self) -> list[fleet_pb2.WorkerStatus]:
         port = json.loads((self.folder / "state.json").read_text())["plan"]["scheduler_port"]
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = fleet_pb2_grpc.FleetServiceStub(channel)
             try:
                 fleet = stub.DescribeFleet(fleet_pb2.DescribeFleetRequest(), timeout=5)
             except grpc.RpcError:
-                return set()
-        fresh = [w for w in fleet.workers if w.heartbeat_age_ms < HEARD_MS and not w.draining]
-        return {w.hello.worker_id for w in fresh if w.heartbeat.progress == fleet_pb2.PROGRESS_OK}
+                return []
+        return list(fleet.workers)
 
     def restarts(self, name: str) -> int:
         """How often the supervisor started a service again."""

@@ -16,6 +16,7 @@ FELT_S = 0.5
 PROBES = 8  # connections; that all of them get to one of two gateway processes is unlikely enough
 STREAMS = {"worker": 16, "scheduler": 8, "gateway": 8, "redis": 8, "redis-away": 8, "engine": 16}
 REDIS_AWAY_S = 10.0
+REST_S = 30.0
 Blow = Callable[[RealMesh, random.Random], None]
 
 
@@ -77,6 +78,7 @@ class Round:
     lost: list[str] = field(default_factory=list)  # streams that ended otherwise than by Finish, and their reasons
     wrong: list[str] = field(default_factory=list)  # ids other than undisturbed
     forgotten: list[str] = field(default_factory=list)  # streams that Resume does not give again afterwards
+    leaked: int = 0  # KV blocks that were still held long after
     felt: int = 0  # streams that were silent for longer than a scheduler's hiccup
     resumed: int = 0
     behind: int = 0  # ASYNC streams that had ids of which the ledger did not know, and took them again
@@ -87,7 +89,7 @@ class Round:
     @property
     def good(self) -> bool:
         """Nobody lost anything."""
-        return not self.lost and not self.wrong and not self.forgotten
+        return not self.lost and not self.wrong and not self.forgotten and not self.leaked
 
 
 def undisturbed(mesh: RealMesh, count: int, max_tokens: int) -> list[list[list[int]]]:
@@ -112,7 +114,17 @@ def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_t
     found.forgotten = [got.request.request_id for got, ids in zip(again, due, strict=False) if got.ids != ids]
     for worker in ("worker-0", "worker-1") if kind == "engine" else ():
         mesh.engine(worker).resume()
+    until(lambda: len(mesh.placeable()) == 2, "both workers are back")
+    found.leaked = _left(mesh)
     return found
+
+
+def _left(mesh: RealMesh) -> int:
+    """KV blocks in use at rest; a killed gateway's sequences have their grace first, and heartbeats come each second."""
+    deadline = time.monotonic() + REST_S
+    while (used := mesh.used_blocks()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return used
 
 
 def _settled(mesh: RealMesh) -> bool:
