@@ -120,7 +120,7 @@ def play(mesh: RealMesh, kind: str, seed: int, due: list[list[list[int]]], max_t
 
 
 def _left(mesh: RealMesh) -> int:
-    """KV blocks in use at rest; a killed gateway's sequences have their grace first, and heartbeats come each second."""
+    """KV blocks in use at rest; a killed gateway's sequences have their grace first, heartbeats come each second."""
     deadline = time.monotonic() + REST_S
     while (used := mesh.used_blocks()) and time.monotonic() < deadline:
         time.sleep(0.1)
