@@ -143,7 +143,7 @@ PLANTS: dict[str, Plant] = {
     ),
     "a replay begins at the beginning": Plant(_forgets_cursor, Shape(kinds=AWAY, faults=2)),
     "a client is shown what the ledger does not have": Plant(
-        _wrapped(Delivery, "add", _shows_at_once), Shape(kinds=frozenset({"gateway killed"}), faults=12, clients=16)
+        _wrapped(Delivery, "add", _shows_at_once), Shape(kinds=frozenset({"gateway killed", "redis away"}), faults=6)
     ),
     "a detached request ends with its client": Plant(
         _wrapped(LiveRequest, "leave", _cancels_detached), Shape(faults=0)

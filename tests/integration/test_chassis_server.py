@@ -84,7 +84,9 @@ async def test_a_service_error_arrives_with_its_details() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub(channel).ListModels(inference_pb2.ListModelsRequest(), timeout=10)
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert from_rpc_error(caught.value) == RemoteError(code, "QUEUE_FULL", "the queue is full", "prompt", 1500)
+    metadata = {"retryable": "true", "queued": "9"}
+    told = RemoteError(code, "QUEUE_FULL", "the queue is full", "prompt", 1500, metadata)
+    assert from_rpc_error(caught.value) == told
 
 
 async def test_internal_text_never_reaches_a_client_and_the_log_has_it(caplog: pytest.LogCaptureFixture) -> None:
