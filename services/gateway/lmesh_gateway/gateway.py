@@ -29,6 +29,7 @@ from lmesh_gateway.servicer import SERVICE_NAME, InferenceServicer
 
 _log = logging.getLogger(__name__)
 
+_CUT_S = 0.5  # between the last word to a client and the end of its connection
 _READY_POLL_S = 0.05
 # Builds the HTTP face over the core; `ready()` says whether the gateway can serve.
 AppBuilder = Callable[[Generator, ModelDirectory, Callable[[], bool]], Asgi]
@@ -148,7 +149,11 @@ class Gateway:
         _log.info("draining", extra={"timeout_s": self._settings.drain_timeout_s})
         # A client that has not heard of it yet is told DRAINING, not cut off by a closing listener.
         await asyncio.sleep(self._settings.drain_linger_s)
+        # What has not ended by then is left to whoever resumes it; its clients are told so before they are cut off.
+        told_s = max(0.8 * self._settings.drain_timeout_s, self._settings.drain_timeout_s - _CUT_S)
+        leaving = asyncio.get_running_loop().call_later(told_s, self.generator.abandon)
         await asyncio.gather(self._grpc.drain(self._settings.drain_timeout_s), self._drain_http())
+        leaving.cancel()
         self.generator.abandon()
         await self._runs.close()
         await self._dispatch.close()
