@@ -269,11 +269,12 @@ class TestDrain:
             assert (await scene.scheduler.ended()).outcome == dp.OUTCOME_FINISHED
             await drained
 
-    async def test_what_does_not_end_in_time_is_cancelled(self, served: ServedText) -> None:
+    async def test_what_does_not_end_in_time_is_cancelled_where_nobody_can_resume_it(self, served: ServedText) -> None:
         async with opened(served, drain_timeout_s=0.3) as scene:
             call = asyncio.create_task(failure(scene.generate()))
             await scene.worker.sequence(0)
             await scene.gateway.drain()
-            assert (await call)[0].code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            error, _ = await call
+            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
             assert (await scene.scheduler.ended()).outcome == dp.OUTCOME_CANCELLED
             assert scene.worker.aborts

@@ -114,6 +114,26 @@ class TestDetached:
             error, _ = await failure(scene.generate(detach_ttl=Duration(seconds=seconds), **DETACH))
             assert (error.reason, error.field) == ("INVALID_ARGUMENT", "detach_ttl")
 
+    async def test_a_gateway_that_leaves_leaves_it_to_others(self, served: ServedText, redis: RedisServer) -> None:
+        async with opened(served, redis_url=redis.url, drain_timeout_s=0.5) as scene:
+            call = asyncio.create_task(failure(scene.generate(request_id="r")))
+            running = await scene.worker.sequence(0)
+            running.give([5, 6])
+            record = await scene.scheduler.begun()
+            await scene.gateway.drain()
+            error, seen = await call
+            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+            assert [list(e.delta.token_ids) for e in seen if e.HasField("delta")] == [[5, 6]]
+            assert not record.finished  # it is nobody's now, and not ended
+        async with opened(served, redis_url=redis.url) as scene:
+            rest = asyncio.create_task(collect(resume(scene, "r", [1])))
+            running = await scene.worker.sequence(0)
+            assert list(running.start.ids)[-2:] == [5, 6] and len(running.start.ids) == running.start.prompt_len + 2
+            running.give([7], LENGTH)
+            assert (await rest).ids == {0: [6, 7]}
+            takeover = scene.scheduler.takeovers[0]
+            assert (takeover.submit.request_id, takeover.owner_epoch) == ("r", 2)
+
 
 class TestEnded:
     async def test_all_of_it_again_from_any_cursor(self, scene: Scene) -> None:

@@ -41,7 +41,9 @@ class GatewaySettings(ChassisSettings):
         if self.processes < 1 or self.tokenizer_threads < 1 or self.template_processes < 1:
             raise ValueError("processes, tokenizer_threads and template_processes must be at least 1")
         if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("redis_url must begin with redis://, rediss:// or unix://")  # its value may hold a password
+            raise ValueError(
+                "redis_url must begin with redis://, rediss:// or unix://"
+            )  # its value may hold a password
         if min(self.redis_timeout_s, self.ledger_ttl_s, self.ledger_max_entries, self.ledger_max_bytes) <= 0:
             raise ValueError("redis_timeout_s, ledger_ttl_s, ledger_max_entries and ledger_max_bytes must be positive")
         if self.http_head_timeout_s <= 0:

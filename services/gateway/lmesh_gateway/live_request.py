@@ -21,7 +21,7 @@ from lmesh_gateway.errors import (
 )
 from lmesh_gateway.generation import Accepted, ChoiceEnd, Finish, Usage
 from lmesh_gateway.ledger import Ledger
-from lmesh_gateway.ledger_entry import LedgerEntry
+from lmesh_gateway.ledger_entry import LedgerEntry, Standing
 from lmesh_gateway.ledger_record import FailedEnd
 from lmesh_gateway.live_choice import LiveChoice
 from lmesh_gateway.metrics import DETACHED, REPLACED, RequestMetrics
@@ -278,11 +278,15 @@ class LiveRequest:
     # -- its end
 
     def abandon(self) -> None:
-        """This process leaves; the request is left to whichever gateway resumes it."""
-        if not self.ended:
-            self._stop()
-            self._delivery.fail(DrainingError("this gateway is leaving; resume the request elsewhere"))
-            self._close()
+        """This process leaves; the request is left to whichever gateway resumes it, if the ledger has it."""
+        if self.ended:
+            return
+        if self._entry is None or self._entry.standing is not Standing.KEPT:
+            self._end(Outcome.CANCELLED, DrainingError("this gateway is leaving; send the request again"))
+            return
+        self._stop()
+        self._delivery.fail(DrainingError("this gateway is leaving; resume the request elsewhere"))
+        self._close()
 
     def _end(self, outcome: Outcome, error: ServiceError | None) -> None:
         if self.ended:
