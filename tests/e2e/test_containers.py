@@ -60,7 +60,7 @@ class TestImage:
         assert (
             heavy
             == {
-                "gateway": {"tokenizers", "fastapi"},
+                "gateway": {"tokenizers", "fastapi", "redis"},
                 "scheduler": {"redis"},
                 "worker": {"torch", "numpy", "gguf", "tokenizers"},
             }[service]
