@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from lmesh_chassis.tasks import end
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -30,6 +32,9 @@ log = logging.getLogger(__name__)
 BATCH = 256
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0
 _SETTLE_S = 2.0
+# After a batch it rests this many times as long as that took: the loop is the streams', and what waits goes in fewer
+# batches. Of one core of an AMD EPYC, 64 streams at 200 steps a second take 0.22 so, and 0.69 without a rest.
+_REST, _LONGEST_REST_S = 3.0, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +78,7 @@ class Ledger:
         if self._redis is None:
             return
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         try:
             async with asyncio.timeout(_SETTLE_S):
                 while self._dirty and await self._flush():
@@ -169,8 +173,10 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             while self._dirty:
+                began = time.monotonic()
                 if await self._flush():
                     delay = FIRST_RETRY_S
+                    await asyncio.sleep(min(_REST * (time.monotonic() - began), _LONGEST_REST_S))
                 else:
                     await asyncio.sleep(delay)
                     delay = min(2 * delay, LAST_RETRY_S)

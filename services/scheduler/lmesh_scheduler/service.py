@@ -11,6 +11,7 @@ from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis import tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
+from lmesh_chassis.tasks import end
 from lmesh_chassis.tenants import load_tenants
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
@@ -127,10 +128,7 @@ class SchedulerService:
             if failed := [task for task in work if task.done()]:
                 return await self._failed(failed)
         finally:
-            tasks = [*work, asked, *([leaving] if leaving else [])]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*work, asked, *([leaving] if leaving else []))
         try:
             await self._journal.drain(FLUSH_S)
         except FencedError:  # by a scheduler that came while this one left: what is to be written is its own to know
