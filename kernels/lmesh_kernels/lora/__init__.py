@@ -1,0 +1,1 @@
+"""Adapters: where they act, what they hold, their files."""
