@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lmesh_scheduler.placement import RequestView, WorkerView, place
 
@@ -82,6 +83,14 @@ views = st.builds(
 )
 
 
+@example(
+    workers=[
+        replace(worker("a"), max_seqs=1, max_step_tokens=1, max_placed=1),
+        replace(worker("b"), max_seqs=1, max_step_tokens=1, max_placed=2, placed=1, cached_tokens=2),
+    ],
+    sequences=1,
+    seed=0,
+)
 @given(workers=st.lists(views, unique_by=lambda w: w.id, max_size=8), sequences=st.integers(1, 12), seed=st.integers())
 def test_the_choice_fits_and_does_not_depend_on_order(workers: list[WorkerView], sequences: int, seed: int) -> None:
     chosen = place(request(sequences), workers)
@@ -92,4 +101,10 @@ def test_the_choice_fits_and_does_not_depend_on_order(workers: list[WorkerView],
     fitting = {w.id: w for w in workers if w.id in room and w.placeable and w.model == "m"}
     assert (chosen is None) == (not fitting)
     if chosen is not None:
-        assert all(fitting[chosen].placed / fitting[chosen].max_seqs <= w.placed / w.max_seqs for w in fitting.values())
+        assert not any(_better(w, fitting[chosen]) for w in fitting.values())
+
+
+def _better(one: WorkerView, other: WorkerView) -> bool:
+    """Less loaded, and no dearer in what it has to compute: such a worker is never passed over for the other."""
+    steps = [max(0, 10 - w.cached_tokens) / w.max_step_tokens for w in (one, other)]
+    return one.placed / one.max_seqs < other.placed / other.max_seqs and steps[0] <= steps[1]
