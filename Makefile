@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Sources with a pyproject.toml of their own, in the order of their dependencies.
-MEMBERS  := protos kernels[torch] services/chassis services/gateway services/scheduler services/worker cli
-PACKAGES := $(foreach m,protos kernels services/chassis services/gateway services/scheduler services/worker cli,$(m)/pyproject.toml)
+MEMBERS  := protos kernels[torch] services/chassis services/gateway services/scheduler services/worker services/trainer cli
+PACKAGES := $(foreach m,protos kernels services/chassis services/gateway services/scheduler services/worker services/trainer cli,$(m)/pyproject.toml)
 PROTOS    = $(shell cd protos && find lmesh -name '*.proto' | sort)
 FOR  ?= 600
 SEED ?= 0

@@ -15,6 +15,7 @@ PACKAGES = {
     "lmesh_gateway": ROOT / "services/gateway/lmesh_gateway",
     "lmesh_scheduler": ROOT / "services/scheduler/lmesh_scheduler",
     "lmesh_worker": ROOT / "services/worker/lmesh_worker",
+    "lmesh_trainer": ROOT / "services/trainer/lmesh_trainer",
     "lmesh_cli": ROOT / "cli/lmesh_cli",
 }
 SERVICES = {name: path for name, path in PACKAGES.items() if path.parent.parent.name == "services"}
