@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.linear import linear, linear_reference
+from lmesh_kernels.ops.trained import Trained, Weight
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:
@@ -25,3 +29,24 @@ def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = No
 def vocabulary_logits_reference(hidden: Tensor, weight: Tensor) -> Tensor:
     """As `vocabulary_logits`, in plain torch: the product in the weights' dtype, then widened."""
     return linear_reference(hidden, weight).float()
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, ids: Tensor, weight: Trained) -> Tensor:  # noqa: ANN401 - no type of autograd's
+        ctx.ids, ctx.weight = ids, weight
+        return embed(ids, weight.value)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:  # noqa: ANN401
+        ctx.weight.grad.index_add_(0, ctx.ids, dx.float())
+        return None, None, None
+
+
+def embed_train(ids: Tensor, weight: Weight) -> Tensor:
+    """As `embed`, the first node of a training pass: what follows has something to give gradients to."""
+    if isinstance(weight, Trained):
+        anchor = torch.empty(0, device=ids.device, requires_grad=True)
+        rows: Tensor = _Embed.apply(anchor, ids, weight)  # type: ignore[no-untyped-call]
+        return rows
+    return embed(ids, weight).requires_grad_()
