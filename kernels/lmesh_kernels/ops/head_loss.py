@@ -66,19 +66,20 @@ def _chunk(
 ) -> Tensor:
     """The weighted loss of one chunk, [] float64; writes the gradient of its rows and adds the head's to its sum."""
     logits = (rows @ value(head).t()).float()
-    correct += (logits.argmax(dim=-1) == targets).sum()
-    normaliser = torch.logsumexp(logits, dim=-1)
-    losses = normaliser - logits.gather(1, targets[:, None])[:, 0]
+    wanted = logits.gather(1, targets[:, None])
+    highest = logits.amax(dim=-1, keepdim=True)
+    correct += (wanted == highest).sum()
+    # One temporary of the vocabulary's size, overwritten step by step: logits, their exponentials, the gradient.
+    sums = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+    losses = sums.log() + highest - wanted
     if gradient is not None:
-        # d loss / d logits = weight * (softmax - one-hot), in place of the logits
-        logits.sub_(normaliser[:, None]).exp_()
-        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
-        logits.mul_(weights[:, None])
+        # d loss / d logits = weight * (softmax - one-hot)
+        logits.mul_(weights[:, None] / sums).scatter_add_(1, targets[:, None], -weights[:, None])
         dlogits = logits.to(rows.dtype)
         torch.mm(dlogits, value(head), out=gradient)
         if isinstance(head, Trained):
             head.add_product(dlogits.t(), rows)
-    return (losses.double() * weights).sum()
+    return (losses[:, 0].double() * weights).sum()
 
 
 def head_loss(

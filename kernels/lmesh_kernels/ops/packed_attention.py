@@ -69,13 +69,15 @@ def packed_attention_reference(qkv: Tensor, rotation: Tensor, batch: PackedBatch
 
 
 def _turn_(qkv: Tensor, rotation: Tensor, heads: Heads, sign: float) -> None:
-    """Rotates q and k in place; with sign -1 back again."""
+    """Rotates q and k in place; with sign -1 back again. In float32 whatever the dtype."""
     parts = qkv[:, : heads.turned].view(qkv.shape[0], -1, 2, heads.head_dim // 2)
     cos, sin = rotation[:, None].chunk(2, dim=-1)
-    first, second = parts.float().unbind(2)
-    sin = sin * sign
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=2)
-    parts.copy_(turned)
+    first, second = parts.float().unbind(2)  # views of qkv itself where it is float32
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-sign)
+    second.mul_(cos).add_(crossed, alpha=sign)
+    if qkv.dtype != torch.float32:
+        parts.copy_(torch.stack([first, second], dim=2))
 
 
 class _Attention(torch.autograd.Function):

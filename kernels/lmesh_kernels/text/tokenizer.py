@@ -61,6 +61,11 @@ class TextTokenizer:
             return [self.bos_id, *ids]
         return ids[1:] if ids[:2] == [self.bos_id, self.bos_id] else ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` as they stand, none added, and of each the characters [begin, end) of `text` that it covers."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
         if self.byte_rule is None:

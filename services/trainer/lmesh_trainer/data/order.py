@@ -1,0 +1,30 @@
+"""Which rows a step takes: a permutation an epoch, a function of seed and epoch; and a fixed share held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def _draw(seed: int, *parts: int) -> bytes:
+    return blake2b("/".join(map(str, (seed, *parts))).encode(), digest_size=8).digest()
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """A permutation of range(count): rows sorted by a hash of (seed, epoch, row), the same on every machine."""
+    return sorted(range(count), key=lambda row: (_draw(seed, epoch, row), row))
+
+
+def held_out(seed: int, rows: Sequence[T], count: int) -> tuple[list[T], list[T]]:
+    """(kept, held out): `count` rows chosen by a hash of (seed, row), both in their own order.
+
+    ValueError unless something is kept.
+    """
+    if not 0 <= count < len(rows):
+        raise ValueError(f"of {len(rows)} rows at most {len(rows) - 1} can be held out, not {count}")
+    chosen = set(sorted(range(len(rows)), key=lambda row: (_draw(seed, -1, row), row))[:count])
+    kept = [row for number, row in enumerate(rows) if number not in chosen]
+    return kept, [rows[number] for number in sorted(chosen)]
