@@ -58,9 +58,9 @@ def pack_batch(segments: Sequence[Segment], device: torch.device) -> PackedBatch
     ids, targets, rows, positions = (torch.zeros(total, dtype=torch.int64) for _ in range(4))
     weights = torch.zeros(total, dtype=torch.float32)
     for segment, begin, end in zip(segments, begins, begins[1:], strict=False):
-        ids[begin:end] = torch.as_tensor(segment.ids, dtype=torch.int64)
+        ids[begin:end] = torch.tensor(list(segment.ids), dtype=torch.int64)
         targets[begin : end - 1] = ids[begin + 1 : end]
-        weights[begin : end - 1] = torch.as_tensor(segment.weights, dtype=torch.float32)[1:]
+        weights[begin : end - 1] = torch.tensor(list(segment.weights), dtype=torch.float32)[1:]
         positions[begin:end] = torch.arange(end - begin)
         rows[begin:end] = segment.row
     moved = (t.to(device, non_blocking=True) for t in (ids, positions, targets, weights, rows))

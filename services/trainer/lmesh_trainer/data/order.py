@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -13,9 +14,10 @@ def _draw(seed: int, *parts: int) -> bytes:
     return blake2b("/".join(map(str, (seed, *parts))).encode(), digest_size=8).digest()
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+@lru_cache(maxsize=2)  # every step of an epoch asks for it
+def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     """A permutation of range(count): rows sorted by a hash of (seed, epoch, row), the same on every machine."""
-    return sorted(range(count), key=lambda row: (_draw(seed, epoch, row), row))
+    return tuple(sorted(range(count), key=lambda row: (_draw(seed, epoch, row), row)))
 
 
 def held_out(seed: int, rows: Sequence[T], count: int) -> tuple[list[T], list[T]]:

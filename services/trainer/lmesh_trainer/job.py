@@ -1,0 +1,241 @@
+"""One job from its settings to what it publishes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from lmesh_kernels import platforms
+from lmesh_kernels.layers.recompute import Recompute
+from lmesh_kernels.lora.sites import sites
+from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError, load_config
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.parameters import Precision
+from lmesh_kernels.models.registry import load_model
+from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.platforms.platform import Platform, PlatformError
+from lmesh_kernels.text.digests import model_digest
+from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
+from lmesh_kernels.text.tokenizer import load_tokenizer
+
+from lmesh_trainer import events
+from lmesh_trainer.data.dataset import Dataset, load_dataset
+from lmesh_trainer.data.errors import DatasetError
+from lmesh_trainer.errors import JobError
+from lmesh_trainer.learner import Learner
+from lmesh_trainer.loop import Loop, Parts, Wish
+from lmesh_trainer.memory_plan import TrainingPlan, plan_training
+from lmesh_trainer.optimiser import AdamW, Optimiser
+from lmesh_trainer.spec import JobSpec
+from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
+
+Report = Callable[[events.Event], None]
+
+
+def never() -> Wish | None:
+    """A job that nobody asks anything."""
+    return None
+
+
+def run_job(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish | None] = never) -> events.Ended:
+    """Runs a job in its folder, going on from the newest checkpoint there; tells everything, `Ended` last.
+
+    What a person can put right ends the job as FAILED with its reason; anything else is raised.
+    """
+    try:
+        ended = events.Ended(outcome=_run(spec, folder, report, asked))
+    except (JobError, DatasetError, UnsupportedModelError, WeightsError) as error:
+        ended = events.Ended(outcome=events.Outcome.FAILED, reason=error.reason, message=str(error))
+    except (ModelNotFoundError, PlatformError) as error:
+        reason = "MODEL_NOT_FOUND" if isinstance(error, ModelNotFoundError) else "DEVICE_UNAVAILABLE"
+        ended = events.Ended(outcome=events.Outcome.FAILED, reason=reason, message=str(error))
+    report(ended)
+    return ended
+
+
+def check_job(spec: JobSpec, report: Report) -> None:
+    """A dry run: the dataset read and shown, and the memory planned; nothing is loaded or written.
+
+    Raises what a run would end with.
+    """
+    files = resolve(spec.model)
+    platform = platforms.detect(spec.device, threads=spec.threads)
+    config = load_config(files)
+    dataset = _dataset(spec, files, config, report)
+    _plan(spec, config, dataset, platform, report)
+
+
+def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish | None]) -> events.Outcome:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = resolve(spec.model)
+    platform = platforms.detect(spec.device, threads=spec.threads)
+    config = load_config(files)
+    dataset = _dataset(spec, files, config, report)
+    plan = _plan(spec, config, dataset, platform, report)
+    report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
+    precision = _precision(spec, platform)
+    decoder = load_model(files, dtype=precision.dtype, device=platform.device)
+    subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
+    loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
+    resumed = loop.resume()
+    if not resumed:
+        report(events.PhaseBegun(phase=events.Phase.REHEARSING))
+        loop.rehearse()
+    report(events.PhaseBegun(phase=events.Phase.TRAINING))
+    outcome = loop.run()
+    if outcome is events.Outcome.COMPLETED:
+        report(events.PhaseBegun(phase=events.Phase.FINALIZING))
+        loop.take_best()
+        if not _ranked() or dist.get_rank() == 0:
+            _publish(spec, folder, subject, report)
+    return outcome
+
+
+def _ranked() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _dataset(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Dataset:
+    report(events.PhaseBegun(phase=events.Phase.LOADING_DATASET))
+    tokenizer = load_tokenizer(files)
+    dataset = load_dataset(spec.dataset, tokenizer, context=config.max_position_embeddings, seed=spec.seed)
+    counts = dataset.counts
+    report(
+        events.DatasetReady(
+            rows=len(dataset.rows),
+            eval_rows=len(dataset.eval_rows),
+            tokens=counts.tokens,
+            trained_tokens=counts.trained_tokens,
+            longest=counts.longest,
+            dropped=counts.dropped,
+            truncated=counts.truncated,
+            skipped_turns=counts.skipped_turns,
+            preview=dataset.preview(tokenizer),
+        )
+    )
+    return dataset
+
+
+def _precision(spec: JobSpec, platform: Platform) -> Precision:
+    if spec.precision != "auto":
+        return Precision(spec.precision)
+    return Precision.FLOAT32 if platform.default_dtype() == torch.float32 else Precision.BF16
+
+
+def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platform, report: Report) -> TrainingPlan:
+    precision = _precision(spec, platform)
+    trained = _trained_count(spec, config)
+    plan = plan_training(
+        config,
+        precision=precision,
+        trained=trained,
+        frozen=spec.method == "lora",
+        longest=dataset.counts.longest,
+        free=platform.memory_free(),
+        device_type=platform.device.type,
+        micro_tokens=spec.micro_tokens,
+        recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
+    )
+    steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
+    report(
+        events.PlanMade(
+            lines=plan.lines,
+            free_bytes=plan.free,
+            micro_tokens=plan.micro_tokens,
+            recompute=plan.recompute.value,
+            steps=steps,
+            trained_parameters=trained,
+        )
+    )
+    return plan
+
+
+def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
+    shapes = Decoder(config, dtype=torch.float32, device=torch.device("meta"))
+    if spec.method == "full":
+        return sum(slot.numel() for name, slot in shapes.named_buffers() if name != "rotations")
+    if spec.lora.start:
+        adapter = start_adapter(spec, shapes)
+        return sum(
+            f.a.numel() + f.b.numel() + (0 if f.magnitude is None else len(f.magnitude)) for f in adapter.values()
+        )
+    told = peft_config(spec.lora)
+    wanted = {site: shape for site, shape in sites(config).items() if told.targets(site)}
+    if not wanted:
+        raise JobError("BAD_ADAPTER", f"NO_TARGETS: target_modules {spec.lora.target_modules!r} name no projection")
+    extra = 1 if told.dora else 0
+    return sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+
+
+def _loop(
+    spec: JobSpec,
+    folder: Path,
+    files: ModelFiles,
+    dataset: Dataset,
+    subject: Subject,
+    plan: TrainingPlan,
+    platform: Platform,
+    report: Report,
+    asked: Callable[[], Wish | None],
+) -> Loop:
+    told = spec.optimiser
+    settings = AdamW(
+        betas=(told.adam_beta1, told.adam_beta2),
+        eps=told.adam_epsilon,
+        weight_decay=told.weight_decay,
+        eight_bit=told.optim == "adamw_8bit",
+    )
+    optimiser = Optimiser(subject.parameters, settings)
+    learner = Learner(
+        subject.training,
+        subject.parameters,
+        optimiser,
+        max_grad_norm=told.max_grad_norm or None,
+        dropout=spec.lora.lora_dropout if spec.method == "lora" else 0.0,
+        seed=spec.seed,
+    )
+    ranks = _ranked()
+    return Loop(
+        Parts(
+            spec=spec,
+            spec_digest=_spec_digest(spec, files, dataset),
+            dataset=dataset,
+            learner=learner,
+            parameters=subject.parameters,
+            optimiser=optimiser,
+            micro_tokens=plan.micro_tokens,
+            folder=folder,
+            device=platform.device,
+            report=report,
+            asked=asked,
+            peak_bytes=platform.peak_bytes,
+            rank=dist.get_rank() if ranks else 0,
+            world=dist.get_world_size() if ranks else 1,
+        )
+    )
+
+
+def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
+    """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
+    same = msgspec.structs.replace(spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto")
+    digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
+    digest.update(model_digest(files).encode())
+    for row in [*dataset.rows, *dataset.eval_rows]:
+        digest.update(row.ids.tobytes() + row.trained)
+    return digest.hexdigest()
+
+
+def _publish(spec: JobSpec, folder: Path, subject: Subject, report: Report) -> None:
+    target = folder / ("adapter" if spec.method == "lora" else "model")
+    if target.exists():  # of an attempt that died after this point
+        shutil.rmtree(target)
+    try:
+        digest = subject.publish(target)
+    except OSError as error:
+        raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
+    report(events.Published(folder=str(target), digest=digest))

@@ -1,0 +1,114 @@
+"""What a job takes of its device's memory, line by line, before its first step; and what of it is left to choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lmesh_kernels.layers.recompute import Recompute
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.footprint import parameter_bytes
+from lmesh_kernels.models.parameters import Precision
+from lmesh_kernels.ops.head_loss import CHUNK_BYTES
+
+from lmesh_trainer.errors import JobError
+
+# Tokens run at once where nothing else is said: enough for products at their full rate, measured on a CPU of two cores
+# (512 rows within 3 % of 4,096) and taken larger on a device whose launches cost more than they do there.
+MICRO_TOKENS = {"cpu": 2048}
+MICRO_TOKENS_DEVICE = 8192
+_SHARE = 0.9  # of the free memory: allocators round up, and others allocate too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """Bytes by what they are for."""
+
+    micro_tokens: int
+    recompute: Recompute
+    lines: dict[str, int]
+    free: int
+
+    @property
+    def total(self) -> int:
+        """Of all lines."""
+        return sum(self.lines.values())
+
+
+def plan_training(
+    config: ModelConfig,
+    *,
+    precision: Precision,
+    trained: int,
+    frozen: bool,
+    longest: int,
+    free: int,
+    device_type: str,
+    micro_tokens: int = 0,
+    recompute: Recompute | None = None,
+) -> TrainingPlan:
+    """Chooses what is not stated so that it fits, least recomputing and most tokens first.
+
+    `trained` numbers are trained; `frozen` says whether they come on top of the model; `longest` row in tokens, which
+    a microbatch must hold. Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
+    """
+    wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
+    sizes = [wanted] if micro_tokens else sorted({wanted, max(longest, wanted // 2), longest}, reverse=True)
+    policies = [recompute] if recompute else list(Recompute)[: 2 if device_type == "cpu" else 4]
+    if recompute is None and device_type == "cpu":
+        policies.append(Recompute.FULL)
+    for policy in policies:
+        for size in sizes:
+            lines = _lines(config, precision, trained, frozen, size, policy)
+            plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
+            if plan.total <= _SHARE * free:
+                return plan
+    said = ", ".join(f"{name} {_mib(count)}" for name, count in plan.lines.items())
+    hint = "lower dataset.max_length with a length_policy, the rank, or take recompute: full"
+    needs = f"the job needs {_mib(plan.total)} at least and {_mib(int(_SHARE * free))} may be used"
+    raise JobError("OUT_OF_MEMORY", f"{needs}: {said}; the longest row has {longest} tokens: {hint}")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _lines(
+    config: ModelConfig, precision: Precision, trained: int, frozen: bool, tokens: int, policy: Recompute
+) -> dict[str, int]:
+    size = precision.dtype.itemsize
+    values = trained * size if frozen else 0
+    masters = trained * 4 if precision is Precision.BF16 else 0
+    moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
+    return {
+        "weights": parameter_bytes(config, precision.dtype),
+        "trained values and masters": values + masters,
+        "gradient sums": trained * 4,
+        "optimiser": moments,
+        "kept activations": tokens * kept_bytes(config, precision.dtype, policy),
+        "a layer at work": tokens * _working_bytes(config, precision.dtype),
+        "head and loss": 2 * CHUNK_BYTES + (0 if frozen else config.vocab_size * config.hidden_size * 4),
+    }
+
+
+def kept_bytes(config: ModelConfig, dtype: torch.dtype, policy: Recompute) -> int:
+    """Bytes a token that all layers keep for the backward pass, as the nodes of `models.training` keep them."""
+    stream, qkv = config.hidden_size, config.q_size + 2 * config.kv_size
+    attention = stream + qkv + config.q_size + 2 * config.num_heads
+    feed_forward = stream + 2 * config.intermediate_size
+    match policy:
+        case Recompute.NONE:
+            numbers = attention + feed_forward
+        case Recompute.SELECTIVE:
+            numbers = attention + stream
+        case Recompute.FULL:
+            numbers = stream
+        case Recompute.OFFLOAD:
+            numbers = 0
+    return config.num_layers * numbers * dtype.itemsize
+
+
+def _working_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes a token that one layer holds for a moment in its backward pass, its kept ones again when recomputed."""
+    wide = 2 * config.q_size + 2 * config.kv_size + 6 * config.intermediate_size + 6 * config.hidden_size
+    return wide * dtype.itemsize + 4 * config.hidden_size * 4
