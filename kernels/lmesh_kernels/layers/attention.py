@@ -73,11 +73,11 @@ class SelfAttention(nn.Module):
         """x [T, hidden], rotation [T, head_dim]; returns [T, hidden]."""
         attended = attention.attend(
             self.layer,
-            self.qkv.forward(x),
+            self.qkv.forward(x, batch.adapters),
             rotation,
             batch,
             q_norm=self.q_norm.weight if self.q_norm is not None else None,
             k_norm=self.k_norm.weight if self.k_norm is not None else None,
             eps=self.eps,
         )
-        return self.out.forward(attended)
+        return self.out.forward(attended, batch.adapters)

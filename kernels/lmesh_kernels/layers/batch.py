@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lmesh_kernels.ops.segmented_lora import AdapterRows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PagedBatch:
@@ -29,3 +31,4 @@ class PagedBatch:
     max_kv: int
     q_lens_host: tuple[int, ...]
     kv_lens_host: tuple[int, ...]
+    adapters: AdapterRows = ()  # rows that run with an adapter; the others are the base's alone

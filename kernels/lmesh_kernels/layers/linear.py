@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmesh_kernels.ops.linear import linear, pack
+from lmesh_kernels.ops.segmented_lora import AdapterRows, add_adapters_
 
 
 class Linear(nn.Module):
@@ -20,11 +21,15 @@ class Linear(nn.Module):
         self.register_buffer("weight", torch.empty(outputs, inputs, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
         self._packed: Tensor | None = None
+        self.slot = ""  # its name in the decoder, by which adapters find it
 
     def pack(self) -> None:
         """Copies the weights into the fastest layout of their device, for every product from now on."""
         self._packed = pack(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, inputs]; returns [T, outputs]."""
-        return linear(x, self.weight, self.bias, self._packed)
+    def forward(self, x: Tensor, adapters: AdapterRows = ()) -> Tensor:
+        """x [T, inputs], and which of its rows have adapters; returns [T, outputs]."""
+        y = linear(x, self.weight, self.bias, self._packed)
+        if adapters:
+            add_adapters_(y, x, self.slot, adapters, self.bias)
+        return y

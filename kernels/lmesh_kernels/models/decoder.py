@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         normed, residual = self.attention_norm.forward(x, residual)
         attended = self.attention.forward(normed, rotation, batch, attention)
         normed, residual = self.mlp_norm.forward(attended, residual)
-        return self.mlp.forward(normed), residual
+        return self.mlp.forward(normed, batch.adapters), residual
 
 
 class Decoder(nn.Module):
@@ -64,6 +64,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Vocabulary(config)
         self.arena = lay_out(self, dtype, device)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.slot = name
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("rotations", table.to(device), persistent=False)
         self._packed_head: Tensor | None = None

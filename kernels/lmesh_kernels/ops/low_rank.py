@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.dropout import Dropout
-from lmesh_kernels.ops.trained import Trained
+from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,26 +22,26 @@ class Part:
     site: int  # its number in the model: what tells dropout's masks apart
     start: int  # first column of its slice of y
     first: int  # first row of its a in the product's
-    b: Trained  # [outputs, rank]
+    b: Weight  # [outputs, rank]
     scale: float
-    magnitude: Trained | None = None  # [outputs]; DoRA's, which only `ops.dora` computes
+    magnitude: Weight | None = None  # [outputs]; DoRA's, which `ops.dora` and `ops.segmented_lora` compute
 
     @property
     def columns(self) -> slice:
         """Of y."""
-        return slice(self.start, self.start + self.b.value.shape[0])
+        return slice(self.start, self.start + value(self.b).shape[0])
 
     @property
     def ranks(self) -> slice:
         """Of x @ a.T, and rows of a."""
-        return slice(self.first, self.first + self.b.value.shape[1])
+        return slice(self.first, self.first + value(self.b).shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LowRank:
     """The adapters of one fused product."""
 
-    a: Trained  # [ranks of all parts, inputs]
+    a: Weight  # [ranks of all parts, inputs]
     parts: tuple[Part, ...]
 
     @property
@@ -53,10 +53,10 @@ class LowRank:
 def inner(x: Tensor, low: LowRank, dropout: Dropout | None) -> Tensor:
     """x [T, inputs] times a, [T, ranks]; with dropout each site drops elements of its own."""
     if dropout is None:
-        return x @ low.a.value.t()
-    out = x.new_empty(x.shape[0], low.a.value.shape[0])
+        return x @ value(low.a).t()
+    out = x.new_empty(x.shape[0], value(low.a).shape[0])
     for part in low.parts:
-        torch.mm(dropout.apply(x, part.site), low.a.value[part.ranks].t(), out=out[:, part.ranks])
+        torch.mm(dropout.apply(x, part.site), value(low.a)[part.ranks].t(), out=out[:, part.ranks])
     return out
 
 
@@ -64,23 +64,26 @@ def add_outer_(y: Tensor, u: Tensor, low: LowRank) -> None:
     """Adds the adapters' products to y [T, all outputs], in place; u is what `inner` gave."""
     for part in low.parts:
         columns = y[:, part.columns]
-        torch.addmm(columns, u[:, part.ranks], part.b.value.t(), alpha=part.scale, out=columns)
+        torch.addmm(columns, u[:, part.ranks], value(part.b).t(), alpha=part.scale, out=columns)
 
 
 def backward(dy: Tensor, x: Tensor, u: Tensor, low: LowRank, dropout: Dropout | None, dx: Tensor) -> None:
     """Adds the factors' gradients to their sums, and what the adapters pass on to dx [T, inputs], in place."""
-    du = torch.empty_like(u)
+    du, a = torch.empty_like(u), value(low.a)
     for part in low.parts:
         columns = dy[:, part.columns]
-        du[:, part.ranks] = (columns @ part.b.value).mul_(part.scale)
+        du[:, part.ranks] = (columns @ value(part.b)).mul_(part.scale)
         # The scale is applied to the thin factor, not to the wide gradient.
-        part.b.add_product(columns.t(), u[:, part.ranks] * part.scale)
+        if isinstance(part.b, Trained):
+            part.b.add_product(columns.t(), u[:, part.ranks] * part.scale)
     if dropout is None:
-        low.a.add_product(du.t(), x)
-        dx.addmm_(du, low.a.value)
+        if isinstance(low.a, Trained):
+            low.a.add_product(du.t(), x)
+        dx.addmm_(du, a)
         return
     for part in low.parts:
         mask = dropout.mask(x, part.site)
         thin = du[:, part.ranks]
-        low.a.grad[part.ranks].add_(thin.t().float() @ (x * mask).float())
-        dx.add_((thin @ low.a.value[part.ranks]).mul_(mask))
+        if isinstance(low.a, Trained):
+            low.a.grad[part.ranks].add_(thin.t().float() @ (x * mask).float())
+        dx.add_((thin @ a[part.ranks]).mul_(mask))

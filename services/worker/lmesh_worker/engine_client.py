@@ -14,7 +14,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from lmesh_worker.errors import ENGINE_DIED, EngineFailedError
-from lmesh_worker.messages import Command, Fatal, ProgressChange, Ready, Report, Shutdown, StepReport
+from lmesh_worker.messages import (
+    AdapterLoaded,
+    Command,
+    Fatal,
+    LoadAdapter,
+    ProgressChange,
+    Ready,
+    Report,
+    Shutdown,
+    StepReport,
+)
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "lmesh_worker.engine.process")
 
@@ -53,6 +63,7 @@ class EngineClient:
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._loads: dict[str, asyncio.Future[AdapterLoaded]] = {}
 
     @classmethod
     def spawn(cls, source: str, config: object, command: Sequence[str] = ENGINE_COMMAND) -> EngineClient:
@@ -104,12 +115,31 @@ class EngineClient:
 
     async def reports(self) -> AsyncIterator[StepReport | ProgressChange]:
         """What the engine says from `Ready` on; ends by EngineFailedError, whatever the cause."""
-        while True:
-            report = await self._next()
-            if not isinstance(report, Ready):
-                yield report
+        try:
+            while True:
+                report = await self._next()
+                if isinstance(report, AdapterLoaded):
+                    self._answer(report)
+                elif not isinstance(report, Ready):
+                    yield report
+        finally:
+            for load in self._loads.values():
+                load.cancel()
 
-    async def _next(self) -> Ready | StepReport | ProgressChange:
+    async def load_adapter(self, digest: str, folder: str) -> AdapterLoaded:
+        """Has the engine hold an adapter; somebody must be reading `reports`, and is stopped when that one is."""
+        load = self._loads.get(digest)
+        if load is None or load.done():
+            load = self._loads[digest] = asyncio.get_running_loop().create_future()
+            self.send(LoadAdapter(digest, folder))
+        return await asyncio.shield(load)
+
+    def _answer(self, loaded: AdapterLoaded) -> None:
+        load = self._loads.pop(loaded.digest, None)
+        if load is not None and not load.done():
+            load.set_result(loaded)
+
+    async def _next(self) -> Ready | StepReport | ProgressChange | AdapterLoaded:
         assert self._reader is not None, "connect() first"
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))

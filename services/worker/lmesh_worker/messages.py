@@ -52,6 +52,7 @@ class Start(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
     params: Params
     cache_salt: str = ""
     priority: int = 0  # smaller is sooner
+    adapter: str = ""  # content digest of the adapter that it runs with; empty for the base alone
 
 
 class Abort(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
@@ -64,7 +65,20 @@ class Shutdown(msgspec.Struct, array_like=True, tag=3, frozen=True, gc=False):
     """Leave after the step in flight."""
 
 
-Command = Start | Abort | Shutdown
+class LoadAdapter(msgspec.Struct, array_like=True, tag=4, frozen=True, gc=False):
+    """Read an adapter's folder, check it against its content digest and hold it; answered by `AdapterLoaded`."""
+
+    digest: str
+    folder: str  # in PEFT's layout
+
+
+class DropAdapter(msgspec.Struct, array_like=True, tag=5, frozen=True, gc=False):
+    """Take no new sequence with it, and let it go when the last that runs has ended; unknown ones are ignored."""
+
+    digest: str
+
+
+Command = Start | Abort | Shutdown | LoadAdapter | DropAdapter
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -162,4 +176,14 @@ class Fatal(msgspec.Struct, array_like=True, tag=14, frozen=True, gc=False):
     message: str
 
 
-Report = Ready | StepReport | ProgressChange | Fatal
+class AdapterLoaded(msgspec.Struct, array_like=True, tag=15, frozen=True, gc=False):
+    """An adapter is held, or why it is not."""
+
+    digest: str
+    reason: str = ""  # UPPER_SNAKE; empty when it is held
+    message: str = ""
+    rank: int = 0  # its largest
+    bytes: int = 0
+
+
+Report = Ready | StepReport | ProgressChange | Fatal | AdapterLoaded

@@ -38,11 +38,12 @@ class Channel:
         except OSError as error:
             raise PeerGoneError(str(error)) from error
 
-    def receive(self, *, wait: bool) -> Iterator[Command]:
-        """Commands that have come; with `wait` at least one. Raises PeerGoneError."""
+    def receive(self, *, wait: bool, at_most_s: float | None = None) -> Iterator[Command]:
+        """Commands that have come; with `wait` at least one, or none after `at_most_s`. Raises PeerGoneError."""
+        longest = None if at_most_s is None else max(1, round(at_most_s * 1000))
         while True:
             yield from self._complete()
-            if not self._poll.poll(None if wait and not self._seen else 0):
+            if not self._poll.poll(longest if wait and not self._seen else 0):
                 self._seen = False
                 return
             self._read()

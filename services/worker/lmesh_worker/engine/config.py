@@ -26,10 +26,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0  # compute threads of a CPU engine
     weights_version: int = 1
     model_digest: str = ""  # computed from the files when empty
+    max_adapter_bytes: int = 0  # of all live adapters; 0: planned
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be."""
-        for name in ("kv_blocks", "kv_cache_bytes", "max_seqs", "max_step_tokens", "max_model_len", "threads"):
+        counts = ("kv_blocks", "kv_cache_bytes", "max_seqs", "max_step_tokens", "max_model_len", "threads")
+        for name in (*counts, "max_adapter_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.block_size < 1:

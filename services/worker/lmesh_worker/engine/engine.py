@@ -11,12 +11,14 @@ import torch
 from lmesh_kernels import platforms
 from lmesh_kernels.blocks import root_hash
 from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.config import load_config
 from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.platforms.platform import Pending
 from lmesh_kernels.text.digests import model_digest
 from lmesh_kernels.text.resolve import ModelFiles
 
+from lmesh_worker.engine.adapters import ADAPTER_NOT_LOADED, Adapters
 from lmesh_worker.engine.batcher import Batcher
 from lmesh_worker.engine.block_pool import BlockPool
 from lmesh_worker.engine.commit import Committer
@@ -63,6 +65,7 @@ class Engine:
             max_model_len=plan.max_model_len,
             prefix_cache=config.prefix_cache,
         )
+        self.adapters = Adapters(AdapterBank(decoder, max_bytes=plan.adapter_bytes), model)
         self._runner = Runner(
             decoder,
             kv,
@@ -71,10 +74,11 @@ class Engine:
             max_seqs=plan.max_seqs,
             max_blocks=plan.max_blocks,
             depth=self.depth,
+            bank=self.adapters.bank,
         )
         self.limits = Limits(max_model_len=plan.max_model_len, vocab_size=model.vocab_size)
         self._digest = config.model_digest or model_digest(files)
-        self._roots: dict[str, bytes] = {}
+        self._roots: dict[tuple[str, str], bytes] = {}
         self._live: dict[int, Sequence] = {}
         self._commit = Committer(self.batcher, self._forget)
         self._in_flight: deque[tuple[StepPlan, Pending[StepResult]]] = deque()
@@ -94,13 +98,19 @@ class Engine:
         if fault is not None:
             self._report.error(start.key, fault.reason, fault.message, len(start.ids))
             return
+        if start.adapter and not self.adapters.available(start.adapter):
+            message = f"adapter {start.adapter} is not loaded here"
+            self._report.error(start.key, ADAPTER_NOT_LOADED, message, len(start.ids))
+            return
         self._arrivals += 1
-        sequence = Sequence(start, self._root(start.cache_salt), self._arrivals)
+        sequence = Sequence(start, self._root(start.cache_salt, start.adapter), self._arrivals)
         if len(start.ids) > start.prompt_len and (finish := sequence.end(self.plan.max_model_len)) is not None:
             # Taken over from a worker that died after the last id: all that is missing is the word that it ended.
             self._report.finish(start.key, finish, len(start.ids))
             return
         self._live[start.key] = sequence
+        if sequence.adapter:
+            self.adapters.retain(sequence.adapter)
         self.batcher.add(sequence)
 
     def abort(self, key: int) -> None:
@@ -113,20 +123,23 @@ class Engine:
         self._report.finish(key, Finish.ABORTED, len(sequence.ids))
         self._gauges_changed = True
 
-    def _root(self, salt: str) -> bytes:
-        if salt not in self._roots:
+    def _root(self, salt: str, adapter: str) -> bytes:
+        known = self._roots.get((salt, adapter))
+        if known is None:
             if len(self._roots) > 4096:  # tenants come and go; a root is cheap to make again
                 self._roots.clear()
-            self._roots[salt] = root_hash(
+            known = self._roots[salt, adapter] = root_hash(
                 model_digest=self._digest,
                 weights_version=self.config.weights_version,
+                adapter_digest=adapter,
                 cache_salt=salt,
                 kv_format=self.kv_format,
             )
-        return self._roots[salt]
+        return known
 
     def _forget(self, sequence: Sequence) -> None:
-        self._live.pop(sequence.key, None)
+        if self._live.pop(sequence.key, None) is not None and sequence.adapter:
+            self.adapters.release(sequence.adapter)
 
     # -- the loop
 
@@ -226,6 +239,7 @@ class Engine:
     def close(self) -> None:
         """Waits for launched work and gives the device back."""
         self._runner.close()
+        self.adapters.close()
         if self.platform.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -7,7 +7,9 @@ from itertools import accumulate
 
 import numpy as np
 from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.ops.sample import SampleHints, seed_to_int64
+from lmesh_kernels.ops.segmented_lora import AdapterRows, AdapterSegment
 from torch import Tensor
 
 from lmesh_worker.engine.buffers import StepBuffers
@@ -52,17 +54,44 @@ class StepInputs:
     num_samples: int
 
 
-def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int) -> StepInputs:
+def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int, bank: AdapterBank) -> StepInputs:
     """Fills `buffers` for `plan`; nothing of it is read again after the launch but what this returns."""
     buffers.clear()
     begins = [0, *accumulate(row.count for row in plan.rows)]
-    batch, token_slots = _batch(plan, buffers, block_size, begins)
+    adapters = _adapters(plan.rows, buffers, begins, bank)
+    batch, token_slots = _batch(plan, buffers, block_size, begins, adapters)
     sampling = _sampling(plan.rows, buffers, begins)
     scoring = (_scoring(i, row, begins[i], buffers) for i, row in enumerate(plan.rows) if row.prompt_logits)
     return StepInputs(batch, token_slots, sampling, tuple(s for s in scoring if s is not None), len(sampling.slots))
 
 
-def _batch(plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[int]) -> tuple[PagedBatch, Tensor]:
+def _adapters(rows: list[Row], buffers: StepBuffers, begins: list[int], bank: AdapterBank) -> AdapterRows:
+    """The step's tokens by adapter: as a slice where they lie in one piece, else by their indices."""
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for index, row in enumerate(rows):
+        if not row.sequence.adapter:
+            continue
+        own, (begin, end) = pieces.setdefault(row.sequence.adapter, []), begins[index : index + 2]
+        if own and own[-1][1] == begin:
+            own[-1] = (own[-1][0], end)
+        else:
+            own.append((begin, end))
+    return tuple(_segment(digest, own, buffers, bank) for digest, own in pieces.items())
+
+
+def _segment(digest: str, pieces: list[tuple[int, int]], buffers: StepBuffers, bank: AdapterBank) -> AdapterSegment:
+    resident = bank.get(digest)
+    if resident is None:
+        raise LookupError(f"adapter {digest} was let go while a sequence ran with it")
+    if len(pieces) == 1:
+        return AdapterSegment(rows=slice(*pieces[0]), products=resident.products)
+    indices = np.concatenate([np.arange(begin, end) for begin, end in pieces])
+    return AdapterSegment(rows=buffers.int64.put(indices, len(indices)), products=resident.products)
+
+
+def _batch(
+    plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[int], adapters: AdapterRows
+) -> tuple[PagedBatch, Tensor]:
     rows, total = plan.rows, plan.num_tokens
     positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in rows])
     tables = _block_tables(rows, block_size)
@@ -85,6 +114,7 @@ def _batch(plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[i
         max_kv=max(kv_lens),
         q_lens_host=q_lens,
         kv_lens_host=kv_lens,
+        adapters=adapters,
     )
     return batch, buffers.int64.put(token_slots, total)
 

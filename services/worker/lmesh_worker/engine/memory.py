@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 # CPU shares its memory with everything else on the machine, so it takes a smaller share and no more than it needs.
 _DEFAULTS = {"cpu": (32, 512, 0.4, 4 << 30)}
 _DEVICE_DEFAULTS = (256, 8192, 0.9, 0)
+# Of all live adapters together: a share of the memory that the engine may use, which the KV cache then does not get.
+_ADAPTER_SHARE = {"cpu": 0.05}
+_ADAPTER_SHARE_DEVICE = 0.02
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +36,7 @@ class MemoryPlan:
     block_size: int
     kv_blocks: int
     max_blocks: int  # of one sequence
+    adapter_bytes: int  # of all live adapters
     pack_weights: bool  # hold the weights once more in the device's fastest layout
     lines: dict[str, int]
 
@@ -56,17 +60,19 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     packed = packed_bytes(model, dtype) if platform.name == "cpu" and dtype is torch.float32 else 0
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
     packed = packed if weights + packed + activations <= budget // 2 else 0
-    left = budget - weights - packed - activations
+    adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
+    left = budget - weights - packed - activations - adapters
     kv_blocks = _kv_blocks(config, block, left, cap)
     lines = {
         "free": free,
         "weights": weights,
         "packed_weights": packed,
         "activations": activations,
+        "adapters": adapters,
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - packed - activations)
+    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - adapters)
     max_model_len = _max_model_len(config, model, kv_blocks, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(
@@ -77,6 +83,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         block_size=config.block_size,
         kv_blocks=kv_blocks,
         max_blocks=-(-max_model_len // config.block_size),
+        adapter_bytes=adapters,
         pack_weights=packed > 0,
         lines=lines,
     )

@@ -25,10 +25,22 @@ from lmesh_worker.engine.channel import Channel, PeerGoneError
 from lmesh_worker.engine.config import ConfigError, EngineConfig
 from lmesh_worker.engine.engine import Engine
 from lmesh_worker.engine.quarantine import EngineBrokenError
-from lmesh_worker.messages import Abort, Command, Fatal, Progress, ProgressChange, Ready, Start
+from lmesh_worker.messages import (
+    Abort,
+    Command,
+    DropAdapter,
+    Fatal,
+    LoadAdapter,
+    Progress,
+    ProgressChange,
+    Ready,
+    Shutdown,
+    Start,
+)
 
 log = logging.getLogger("lmesh_worker.engine")
 
+_POLL_S = 0.02  # how often an idle engine looks for an adapter that is being read
 # What a person can put right: said in their own words, without a traceback.
 _START_ERRORS = (
     ConfigError,
@@ -96,9 +108,13 @@ def _serve(channel: Channel, source: str) -> int:
 def loop(engine: Engine, channel: Channel) -> None:
     """Commands, a step, its report; waits for commands only when there is nothing to do."""
     while True:
-        for command in channel.receive(wait=not engine.has_work):
+        for command in channel.receive(
+            wait=not engine.has_work, at_most_s=_POLL_S if engine.adapters.reading else None
+        ):
             if not _apply(engine, command):
                 return
+        for loaded in engine.adapters.loaded():
+            channel.send(loaded)
         report = engine.step()
         if report is not None:
             channel.send(report)
@@ -110,9 +126,11 @@ def _apply(engine: Engine, command: Command) -> bool:
         engine.add(command)
     elif isinstance(command, Abort):
         engine.abort(command.key)
-    else:
-        return False
-    return True
+    elif isinstance(command, LoadAdapter):
+        engine.adapters.load(command.digest, command.folder)
+    elif isinstance(command, DropAdapter):
+        engine.adapters.drop(command.digest)
+    return not isinstance(command, Shutdown)
 
 
 def _ready(engine: Engine) -> Ready:

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.layers.kv_cache import KVCache
+from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.logprobs import token_logprobs
 from lmesh_kernels.ops.sample import sample
@@ -45,8 +46,10 @@ class Runner:
         max_seqs: int,
         max_blocks: int,
         depth: int,
+        bank: AdapterBank,
     ) -> None:
         self._decoder, self._platform, self._block_size = decoder, platform, kv.block_size
+        self._bank = bank
         self._attention = PagedAttention(kv)
         self._max_seqs = max_seqs
         self._stream = platform.stream()
@@ -66,7 +69,7 @@ class Runner:
         buffers = self._sets[self._launched % len(self._sets)]
         self._launched += 1
         try:
-            inputs = build_inputs(plan, buffers, self._block_size)
+            inputs = build_inputs(plan, buffers, self._block_size, self._bank)
         except Exception as error:  # noqa: BLE001 - a value that no tensor takes is its sequence's fault, as in a step
             return self._stream.submit(partial(_raise, error))
         return self._stream.submit(lambda: self._run(inputs, buffers))

@@ -22,6 +22,7 @@ class Sequence:
     """A sequence's ids, blocks and progress. The batcher writes it; runner and commit read and append."""
 
     __slots__ = (
+        "adapter",
         "blocks",
         "cached_tokens",
         "choice",
@@ -52,6 +53,7 @@ class Sequence:
         self.key = start.key
         self.request_id = start.request_id
         self.choice = start.choice
+        self.adapter = start.adapter
         self.ids = list(start.ids)  # known ids: the prompt, then what was sampled and read back
         self.prompt_len = start.prompt_len
         self.params: Params = start.params
