@@ -1,0 +1,1 @@
+"""Files by what they hold: datasets, checkpoints, adapters, exports."""
