@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from lmesh_trainer import events
 from lmesh_trainer.job import never, run_job
-from lmesh_trainer.loop import Wish
+from lmesh_trainer.messages import Wish
 from lmesh_trainer.spec import DatasetSpec, JobSpec, OptimiserSpec
 
 from tests.tiny_model import save_tiny_llama

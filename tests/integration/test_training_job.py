@@ -18,7 +18,7 @@ from lmesh_trainer import checkpoint, events
 from lmesh_trainer.checkpoint import list_checkpoints
 from lmesh_trainer.events import Outcome
 from lmesh_trainer.job import check_job
-from lmesh_trainer.loop import Wish
+from lmesh_trainer.messages import Wish
 from lmesh_trainer.spec import DatasetSpec, LoraSpec, OptimiserSpec
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -105,3 +106,18 @@ def usable_cores() -> int:
         for cpu in affinity
     }
     return max(1, int(min(len(siblings), _cgroup_cores())))
+
+
+def keep_freed_memory() -> bool:
+    """Has this process keep what it frees for its next allocations, where the C library is glibc; whether it does.
+
+    By default every large tensor is a mapping of its own, given back when freed and zeroed page by page when made
+    again: 2 of 31 seconds of an update of SmolLM2-135M over 4,096 tokens on two cores. Meant for processes whose
+    allocations repeat step by step: memory stays at its peak.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    no_mappings, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return all(libc.mallopt(*option) for option in (no_mappings, never_trim))

@@ -28,8 +28,9 @@ from lmesh_trainer.data.dataset import Dataset, load_dataset
 from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner
-from lmesh_trainer.loop import Loop, Parts, Wish
+from lmesh_trainer.loop import Loop, Parts
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
+from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
 from lmesh_trainer.spec import JobSpec
 from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -20,18 +19,12 @@ from lmesh_trainer.data.dataset import Dataset, microbatches
 from lmesh_trainer.data.rows import Row
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner, Update
+from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import Optimiser
 from lmesh_trainer.schedule import Course, rate_factor
 from lmesh_trainer.spec import JobSpec
 
 MOST_SKIPPED = 3  # updates in a row that were not finite: the job has gone wrong
-
-
-class Wish(StrEnum):
-    """What a job may be asked while it runs."""
-
-    STOP = "stop"  # with a checkpoint
-    CANCEL = "cancel"  # at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,0 +1,105 @@
+"""A job's process: `python -P -m lmesh_trainer.process --folder JOB --socket PATH`.
+
+Its settings are `spec.json` in the folder. Under torchrun every rank is one of these, and rank 0 speaks for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import select
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lmesh_kernels.platforms.host_memory import keep_freed_memory
+
+from lmesh_trainer import events
+from lmesh_trainer.job import run_job
+from lmesh_trainer.messages import Wish, frame
+from lmesh_trainer.spec import read_spec
+
+log = logging.getLogger("lmesh_trainer.process")
+
+
+class ServerGoneError(ConnectionError):
+    """Nobody is left to run this job for; its checkpoints are."""
+
+
+class Line:
+    """The socket to the trainer's server."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self._buffer = b""
+
+    def report(self, event: events.Event) -> None:
+        """Tells the server. Raises ServerGoneError."""
+        try:
+            self._socket.sendall(frame(event))
+        except OSError as error:
+            raise ServerGoneError(str(error)) from error
+
+    def asked(self) -> Wish | None:
+        """The latest wish; CANCEL is never taken back. Raises ServerGoneError."""
+        while self._poll.poll(0):
+            data = self._socket.recv(4096)
+            if not data:
+                raise ServerGoneError("the server closed the line")
+            self._buffer += data
+        told = self._buffer.decode().split()
+        return None if not told else Wish.CANCEL if Wish.CANCEL in told else Wish.STOP
+
+
+def _silent(event: events.Event) -> None:
+    """What ranks other than the first say."""
+
+
+def _agreed(line: Line | None) -> Wish | None:
+    """What rank 0 was asked, on every rank: all must leave at the same step."""
+    wish = line.asked() if line is not None else None
+    if not dist.is_initialized():
+        return wish
+    told = torch.tensor([0 if wish is None else 1 + list(Wish).index(wish)])
+    dist.broadcast(told, 0)
+    return None if not int(told) else list(Wish)[int(told) - 1]
+
+
+def main() -> int:
+    """Runs the job; the exit status is 0 whenever the server was told how it ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--socket", required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    line = Line(args.socket) if first else None
+    keep_freed_memory()
+    try:
+        report = line.report if line is not None else _silent
+        run_job(read_spec((args.folder / "spec.json").read_bytes()), args.folder, report, lambda: _agreed(line))
+    except ServerGoneError:
+        log.warning("the trainer's server is gone; leaving")
+        return 1
+    except Exception as error:  # the process's edge: the server is told, whatever it was
+        log.exception("the job failed")
+        if line is not None:
+            message = f"{type(error).__name__}: {error}"
+            line.report(events.Ended(outcome=events.Outcome.FAILED, reason="JOB_FAILED", message=message))
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
