@@ -46,7 +46,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     if kind != "gpt2":
         raise UnsupportedTokenizerError(f"GGUF tokenizer model {kind!r} is not built; built is: gpt2 (byte-level BPE)")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a word that is itself in the vocabulary whole, whatever its merges say.
