@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmesh_kernels.quant.bitsandbytes_tensors import QuantisedTensorError, is_part, read_nf4
+from lmesh_kernels.quant.bitsandbytes_tensors import QuantisedTensorError, owner, read_nf4
 from lmesh_kernels.quant.nf4 import (
     Nf4Statistics,
     block_scales,
@@ -82,7 +82,7 @@ def test_what_bitsandbytes_saved_is_read_to_the_bit(dtype: torch.dtype, nested: 
         tensors = saved(values, nested=nested)
         packed, state = bnb.quantize_4bit(values, blocksize=64, compress_statistics=nested, quant_type="nf4")
         assert torch.equal(dequantise(read_nf4("w", tensors), dtype), bnb.dequantize_4bit(packed, state))
-        assert [name for name in tensors if not is_part(name)] == ["w"]
+        assert [name for name in tensors if not owner(name)] == ["w"]
 
 
 def test_what_cannot_be_read_is_named() -> None:

@@ -7,29 +7,45 @@ from torch import Tensor, nn
 
 from lmesh_kernels.ops.linear import linear, pack
 from lmesh_kernels.ops.segmented_lora import AdapterRows, add_adapters_
+from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 
 class Linear(nn.Module):
     """y = x @ weight.T + bias; fused projections are one of these with their parts stacked by rows."""
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.quantised: Nf4Matrix | None = None
         # Shapes only: the decoder lays all slots out in one allocation.
         self.register_buffer("weight", torch.empty(outputs, inputs, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
         self._packed: Tensor | None = None
         self.slot = ""  # its name in the decoder, by which adapters find it
 
+    def quantise(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Gives the weight's slot up for a quantised matrix, still empty."""
+        self.register_buffer("weight", None)
+        self.quantised = Nf4Matrix(self.outputs, self.inputs, dtype, device)
+
     def pack(self) -> None:
         """Copies the weights into the fastest layout of their device, for every product from now on."""
-        self._packed = pack(self.weight)
+        if self.weight is not None:
+            self._packed = pack(self.weight)
+
+    def matrix(self) -> Tensor:
+        """The weights [outputs, inputs]; unfolded anew where they are quantised."""
+        if self.quantised is not None:
+            return self.quantised.dense()
+        assert self.weight is not None
+        return self.weight
 
     def forward(self, x: Tensor, adapters: AdapterRows = ()) -> Tensor:
         """x [T, inputs], and which of its rows have adapters; returns [T, outputs]."""
-        y = linear(x, self.weight, self.bias, self._packed)
+        y = linear(x, self.matrix(), self.bias, self._packed)
         if adapters:
             add_adapters_(y, x, self.slot, adapters, self.bias)
         return y

@@ -102,7 +102,7 @@ class AdapterBank:
         if own.magnitude is None:
             return None
         device = self._decoder.arena.device
-        rows = self._decoder.get_buffer(f"{slot}.weight")[shape.start : shape.start + shape.outputs].float()
+        rows = self._decoder.product(slot).matrix()[shape.start : shape.start + shape.outputs].float()
         added = own.scale * (own.b.to(device).float() @ own.a.to(device).float())
         norms = torch.linalg.vector_norm(rows + added, dim=1)
         factor: Tensor = own.magnitude.to(device).float() / norms

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from lmesh_kernels.text.resolve import ModelFiles
 
+Quantisation = Literal["none", "nf4"]
+"""How the weights of the layers' products are held: as in the checkpoint's dtype, or in NF4 (see `quant.nf4`)."""
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -59,6 +61,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each head's q and k before the rotation
     torch_dtype: str = "float32"  # of the checkpoint
+    quantisation: Quantisation = "none"  # of the checkpoint
 
     @property
     def q_size(self) -> int:

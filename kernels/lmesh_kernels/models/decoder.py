@@ -11,7 +11,7 @@ from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.layers.mlp import MLP
 from lmesh_kernels.layers.norm import RMSNorm
 from lmesh_kernels.models.arena import lay_out
-from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.ops.embedding import embed, vocabulary_logits
 from lmesh_kernels.ops.linear import pack
 from lmesh_kernels.ops.rope import rope_table
@@ -50,23 +50,29 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A causal language model for inference; weights are uninitialised until `models.weights` fills them.
 
-    All weights are buffers, views into one allocation (`arena`) whose addresses never change.
+    All weights are buffers, views into one allocation (`arena`) whose addresses never change; those of the layers'
+    products may be held quantised instead, beside it.
     """
 
     rotations: Tensor
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, quantisation: Quantisation = "none"
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.quantisation = quantisation
         self.embedding = Vocabulary(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Vocabulary(config)
-        self.arena = lay_out(self, dtype, device)
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 module.slot = name
+                if quantisation == "nf4":
+                    module.quantise(dtype, device)
+        self.arena = lay_out(self, dtype, device)
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("rotations", table.to(device), persistent=False)
         self._packed_head: Tensor | None = None
@@ -80,6 +86,12 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
         self._packed_head = pack(self._head_weight)
+
+    def product(self, name: str) -> Linear:
+        """The product of that name, such as layers.3.attention.qkv."""
+        module = self.get_submodule(name)
+        assert isinstance(module, Linear)
+        return module
 
     @property
     def _head_weight(self) -> Tensor:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import torch
 
 from lmesh_kernels.layers.linear import Linear
-from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_plan import CPU_GROUP_BYTES, DEVICE_GROUP_BYTES, PIECE_ROWS
+from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 
-def parameter_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weight arena and of the rotation table."""
+def parameter_bytes(config: ModelConfig, dtype: torch.dtype, quantisation: Quantisation = "none") -> int:
+    """Bytes of the weight arena, of quantised weights beside it, and of the rotation table."""
     # Laid out on the meta device by the same code, so the two cannot disagree.
-    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"))
-    return shapes.arena.numel() * dtype.itemsize + shapes.rotations.numel() * shapes.rotations.dtype.itemsize
+    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"), quantisation=quantisation)
+    products = [m for m in shapes.modules() if isinstance(m, Linear) and m.quantised is not None]
+    quantised = sum(Nf4Matrix.planned_bytes(m.outputs, m.inputs) for m in products)
+    rotations = shapes.rotations.numel() * shapes.rotations.dtype.itemsize
+    return shapes.arena.numel() * dtype.itemsize + quantised + rotations
+
+
+def unfolded_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that unfolding the largest quantised product takes for a moment: its codes, scales and values."""
+    largest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size) * config.hidden_size
+    return largest * (8 + 4 + 4 + 2 * dtype.itemsize)
 
 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that `Decoder.pack` adds at most: every product's weights once more."""
     shapes = Decoder(config, dtype=dtype, device=torch.device("meta"))
-    linears = sum(m.weight.numel() for m in shapes.modules() if isinstance(m, Linear))
+    linears = sum(m.outputs * m.inputs for m in shapes.modules() if isinstance(m, Linear))
     return (linears + config.vocab_size * config.hidden_size) * dtype.itemsize
 
 

@@ -50,6 +50,7 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
         mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        quantisation="nf4" if raw.get("quantization_config") else "none",
     )
 
 
@@ -73,12 +74,20 @@ def _refuse_features(raw: dict[str, Any]) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError("UNSUPPORTED_ACTIVATION", f"hidden_act {activation!r} is not supported: only silu")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unnamed")
+    told = raw.get("quantization_config")
+    if told and not _is_nf4(told):
+        method = told.get("quant_method", "unnamed")
         raise UnsupportedModelError(
-            "UNSUPPORTED_QUANTIZATION", f"quantization_config ({method}) is not supported: load unquantised or GGUF"
+            "UNSUPPORTED_QUANTIZATION",
+            f"quantization_config ({method}) is not supported: load unquantised, bitsandbytes' NF4, or GGUF",
         )
     _refuse_sliding_window(raw)
+
+
+def _is_nf4(told: dict[str, Any]) -> bool:
+    """Whether a quantization_config is bitsandbytes' with 4-bit NF4 weights, its statistics quantised or not."""
+    method, kind = told.get("quant_method", "bitsandbytes"), told.get("bnb_4bit_quant_type")
+    return bool(method == "bitsandbytes" and told.get("load_in_4bit", told.get("_load_in_4bit")) and kind == "nf4")
 
 
 def _refuse_sliding_window(raw: dict[str, Any]) -> None:

@@ -8,26 +8,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmesh_kernels.models.config import ModelConfig, load_config
+from lmesh_kernels.models.config import ModelConfig, Quantisation, load_config
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.weights import bind, read_safetensors
+from lmesh_kernels.quant.nf4 import Nf4Tensor
 
 if TYPE_CHECKING:
     from lmesh_kernels.text.resolve import ModelFiles
 
 
-def load_model(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_model(
+    files: ModelFiles, *, dtype: torch.dtype, device: torch.device, quantisation: Quantisation | None = None
+) -> Decoder:
     """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, tensor by tensor.
 
+    `quantisation` of the layers' products; None takes the checkpoint's own.
     Raises UnsupportedModelError for what is not computed here and WeightsError for a checkpoint that does not fit.
     """
     config = load_config(files)
-    decoder = Decoder(config, dtype=dtype, device=device).eval()
+    chosen = config.quantisation if quantisation is None else quantisation
+    decoder = Decoder(config, dtype=dtype, device=device, quantisation=chosen).eval()
     bind(decoder, read_tensors(files, config))
     return decoder
 
 
-def read_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[tuple[str, Tensor | Nf4Tensor]]:
     """The checkpoint's tensors under Hugging Face names, one at a time."""
     if files.format == "gguf":
         from lmesh_kernels.models.gguf import read_gguf

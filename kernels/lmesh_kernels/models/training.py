@@ -72,9 +72,10 @@ class TrainingPass:
         return self._trained.get(slot) or self._decoder.get_buffer(slot)
 
     def _product(self, name: str) -> Product:
-        module = self._decoder.get_submodule(name)
+        module = self._decoder.product(name)
         bias = None if module.bias is None else self._weight(f"{name}.bias")
-        return Product(weight=self._weight(f"{name}.weight"), bias=bias, low=self._adapters.get(name))
+        weight = module.quantised or self._weight(f"{name}.weight")
+        return Product(weight=weight, bias=bias, low=self._adapters.get(name))
 
     def _layer(self, name: str) -> _Layer:
         normed = self._decoder.config.qk_norm

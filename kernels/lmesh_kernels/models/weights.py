@@ -12,8 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.layers.linear import Linear
+from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.quant.bitsandbytes_tensors import QuantisedTensorError, owner, read_nf4
+from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise
+from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
+
+Slot = Tensor | Nf4Matrix
 
 # Buffers that older checkpoints saved and the config determines.
 IGNORABLE = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
@@ -77,14 +83,14 @@ def _layer_bindings(config: ModelConfig, layer: int) -> dict[str, Binding]:
     return table
 
 
-def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy named tensors into the decoder's slots, one at a time, cast to its dtype.
+def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) -> None:
+    """Copy named tensors into the decoder's slots, one at a time, cast to its dtype, or quantised where it is.
 
     Raises WeightsError naming tensors that have no slot, a wrong shape or come twice, and slots left unfilled.
     """
-    table, slots = bindings(decoder.config), dict(decoder.named_buffers())
+    table, slots = bindings(decoder.config), _slots(decoder)
     seen: set[str] = set()
-    copies: list[tuple[str, Tensor]] = []
+    copies: list[tuple[str, Tensor | Nf4Tensor]] = []
     unknown: list[str] = []
     for name, tensor in tensors:
         if IGNORABLE.match(name):
@@ -94,39 +100,53 @@ def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
         elif table[name].duplicate:
             copies.append((name, tensor))
         else:
-            _copy(name, tensor, table[name], slots, seen)
+            _copy(name, tensor, table[name], slots, seen, decoder.config.quantisation)
     if unknown:
         raise WeightsError("UNKNOWN_TENSORS", f"tensors without a slot: {_some(unknown)}")
     missing = [name for name, place in table.items() if not place.duplicate and name not in seen]
     if missing:
         raise WeightsError("MISSING_TENSORS", f"tensors the checkpoint lacks: {_some(missing)}")
     for name, tensor in copies:
-        _check_copy(name, tensor, _rows(table[name], slots))
+        target = slots[table[name].slot]
+        assert isinstance(target, Tensor)  # quantised are the layers' products, and those are never tied
+        _check_copy(name, tensor, target[table[name].start : table[name].start + table[name].rows])
 
 
-def _copy(name: str, tensor: Tensor, place: Binding, slots: dict[str, Tensor], seen: set[str]) -> None:
+def _slots(decoder: Decoder) -> dict[str, Slot]:
+    slots: dict[str, Slot] = dict(decoder.named_buffers())
+    for name, module in decoder.named_modules():
+        if isinstance(module, Linear) and module.quantised is not None:
+            slots[f"{name}.weight"] = module.quantised
+    return slots
+
+
+def _copy(
+    name: str, tensor: Tensor | Nf4Tensor, place: Binding, slots: dict[str, Slot], seen: set[str], stored: Quantisation
+) -> None:
     if name in seen:
         raise WeightsError("DUPLICATE_TENSOR", f"tensor {name} is in the checkpoint twice")
-    target = _rows(place, slots)
-    _check_shape(name, tensor, target)
-    target.copy_(tensor)
+    slot = slots[place.slot]
+    _check_shape(name, tensor, (place.rows, *slot.shape[1:]))
+    if isinstance(slot, Nf4Matrix):
+        # What a quantised checkpoint left in its dtype stays so: an adapter was trained on it as it is.
+        slot.put(place.start, tensor, keep=stored == "nf4")
+    elif isinstance(tensor, Nf4Tensor):
+        slot[place.start : place.start + place.rows].copy_(dequantise(tensor, slot.dtype))
+    else:
+        slot[place.start : place.start + place.rows].copy_(tensor)
     seen.add(name)
 
 
-def _rows(place: Binding, slots: dict[str, Tensor]) -> Tensor:
-    return slots[place.slot][place.start : place.start + place.rows]
-
-
-def _check_shape(name: str, tensor: Tensor, target: Tensor) -> None:
-    if tensor.shape != target.shape:
-        shapes = f"{tuple(tensor.shape)}, not {tuple(target.shape)}"
+def _check_shape(name: str, tensor: Tensor | Nf4Tensor, due: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != due:
+        shapes = f"{tuple(tensor.shape)}, not {due}"
         raise WeightsError("SHAPE_MISMATCH", f"tensor {name} has shape {shapes} as the config says")
 
 
-def _check_copy(name: str, tensor: Tensor, target: Tensor) -> None:
+def _check_copy(name: str, tensor: Tensor | Nf4Tensor, target: Tensor) -> None:
     """A tied checkpoint may carry its head again; a different one would be silently lost."""
-    _check_shape(name, tensor, target)
-    if not torch.equal(tensor.to(target.dtype), target.to(tensor.device)):
+    _check_shape(name, tensor, tuple(target.shape))
+    if isinstance(tensor, Nf4Tensor) or not torch.equal(tensor.to(target.dtype), target.to(tensor.device)):
         raise WeightsError("UNTIED_HEAD", f"{name} differs from the embedding, but tie_word_embeddings is set")
 
 
@@ -150,9 +170,26 @@ def safetensors_files(folder: Path) -> list[Path]:
     return [single]
 
 
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all shards; tensors are views into the mapped file, read as they are copied."""
+def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor | Nf4Tensor]]:
+    """Name and tensor of all shards; tensors are views into the mapped file, read as they are copied.
+
+    What bitsandbytes packed comes as one NF4 tensor. Raises WeightsError, also with the reasons of `read_nf4`.
+    """
     for path in safetensors_files(folder):
         with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                yield name, shard.get_tensor(name)
+            beside: dict[str, list[str]] = {}
+            for part in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                if (name := owner(part)) is not None:
+                    beside.setdefault(name, []).append(part)
+            for name in shard.keys():  # noqa: SIM118
+                if name in beside:
+                    yield name, _packed(name, {part: shard.get_tensor(part) for part in (name, *beside[name])})
+                elif owner(name) is None:
+                    yield name, shard.get_tensor(name)
+
+
+def _packed(name: str, parts: dict[str, Tensor]) -> Nf4Tensor:
+    try:
+        return read_nf4(name, parts)
+    except QuantisedTensorError as error:
+        raise WeightsError(error.reason, str(error)) from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.linear import linear, linear_reference
-from lmesh_kernels.ops.trained import Trained, Weight
+from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:
@@ -49,4 +49,4 @@ def embed_train(ids: Tensor, weight: Weight) -> Tensor:
         anchor = torch.empty(0, device=ids.device, requires_grad=True)
         rows: Tensor = _Embed.apply(anchor, ids, weight)  # type: ignore[no-untyped-call]
         return rows
-    return embed(ids, weight).requires_grad_()
+    return embed(ids, value(weight)).requires_grad_()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
@@ -30,8 +32,8 @@ class Trained:
         add_product_(self.grad, left, right)
 
 
-Weight = Tensor | Trained
-"""What a product reads: frozen, or under training."""
+Weight = Tensor | Trained | Nf4Matrix
+"""What a product reads: frozen, under training, or frozen and quantised."""
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -45,7 +47,9 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def value(weight: Weight) -> Tensor:
-    """The tensor to compute with."""
+    """The tensor to compute with; a quantised one is unfolded each time, and lives as long as it is held."""
+    if isinstance(weight, Nf4Matrix):
+        return weight.dense()
     return weight.value if isinstance(weight, Trained) else weight
 
 
@@ -66,7 +70,7 @@ class _Tracked(torch.autograd.Function):
 def tracked(weight: Weight) -> Tensor:
     """The tensor for a composition of torch's own operations, which autograd differentiates."""
     if not isinstance(weight, Trained):
-        return weight
+        return value(weight)
     anchor = torch.empty(0, device=weight.value.device, requires_grad=True)
     tensor: Tensor = _Tracked.apply(anchor, weight)  # type: ignore[no-untyped-call]
     return tensor

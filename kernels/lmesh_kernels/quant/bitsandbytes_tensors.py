@@ -14,7 +14,7 @@ from lmesh_kernels.quant.nf4 import Nf4Statistics, Nf4Tensor, nf4_levels
 
 _STATE = ".quant_state.bitsandbytes__"
 # What may stand beside a packed weight.
-SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE + "nf4", _STATE + "fp4")
+_PART_SUFFIXES = (".nested_absmax", ".nested_quant_map", ".absmax", ".quant_map", _STATE + "nf4", _STATE + "fp4")
 
 
 class QuantisedTensorError(ValueError):
@@ -25,9 +25,9 @@ class QuantisedTensorError(ValueError):
         self.reason = reason
 
 
-def is_part(name: str) -> bool:
-    """Whether a tensor of that name belongs to a packed weight, and is none of the model's own."""
-    return name.endswith(SUFFIXES)
+def owner(name: str) -> str | None:
+    """The packed weight that a tensor of that name belongs to; None for the model's own tensors."""
+    return next((name.removesuffix(suffix) for suffix in _PART_SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_nf4(name: str, tensors: Mapping[str, Tensor]) -> Nf4Tensor:

@@ -13,7 +13,7 @@ nearest.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,16 @@ class Nf4Tensor:
         if isinstance(statistics, Tensor):
             return self.codes.nbytes + statistics.nbytes
         return self.codes.nbytes + statistics.codes.nbytes + statistics.scales.nbytes + statistics.mean.nbytes
+
+    def to(self, device: torch.device) -> Nf4Tensor:
+        """The same tensor there."""
+        statistics = self.statistics
+        if isinstance(statistics, Tensor):
+            moved: Nf4Statistics | Tensor = statistics.to(device)
+        else:
+            fields = {name: getattr(statistics, name).to(device) for name in ("codes", "levels", "scales", "mean")}
+            moved = replace(statistics, **fields)
+        return replace(self, codes=self.codes.to(device), levels=self.levels.to(device), statistics=moved)
 
 
 def nf4_levels(device: torch.device | None = None) -> Tensor:

@@ -30,6 +30,22 @@ def model_digest(files: ModelFiles) -> str:
     return _combined([p for pattern in WEIGHT_PATTERNS for p in sorted(files.path.glob(pattern))])
 
 
+def base_digest(files: ModelFiles, *, nf4: bool = False) -> str:
+    """Of a base as it is computed with: its `model_digest`, and the recipe by which loading quantises it, if it does.
+
+    The same weights quantised are another base: neither keys and values nor adapters pass between the two unasked.
+    """
+    digest = model_digest(files)
+    return f"{digest}+nf4" if nf4 and not is_quantised(files) else digest
+
+
+def is_quantised(files: ModelFiles) -> bool:
+    """Whether the checkpoint's own configuration says that its weights are quantised."""
+    if files.format == "gguf":
+        return False
+    return bool(json.loads((files.path / "config.json").read_text()).get("quantization_config"))
+
+
 def text_digest(files: ModelFiles) -> str:
     """Digest of everything that turns text into ids and back, 64 hex digits."""
     if files.format == "gguf":

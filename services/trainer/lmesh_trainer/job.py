@@ -13,13 +13,13 @@ import torch.distributed as dist
 from lmesh_kernels import platforms
 from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.lora.sites import sites
-from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError, load_config
+from lmesh_kernels.models.config import ModelConfig, Quantisation, UnsupportedModelError, load_config
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.models.weights import WeightsError
 from lmesh_kernels.platforms.platform import Platform, PlatformError
-from lmesh_kernels.text.digests import model_digest
+from lmesh_kernels.text.digests import base_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
 
@@ -80,7 +80,7 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     plan = _plan(spec, config, dataset, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
-    decoder = load_model(files, dtype=precision.dtype, device=platform.device)
+    decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=_quantisation(spec, config))
     subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
     loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
     resumed = loop.resume()
@@ -128,6 +128,13 @@ def _precision(spec: JobSpec, platform: Platform) -> Precision:
     return Precision.FLOAT32 if platform.default_dtype() == torch.float32 else Precision.BF16
 
 
+def _quantisation(spec: JobSpec, config: ModelConfig) -> Quantisation:
+    if config.quantisation != "none" and spec.method == "full":
+        hint = "the base is quantised: its weights cannot be trained; take method lora"
+        raise JobError("NOT_SUPPORTED", hint)
+    return "nf4" if spec.load_in_4bit else config.quantisation
+
+
 def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platform, report: Report) -> TrainingPlan:
     precision = _precision(spec, platform)
     trained = _trained_count(spec, config)
@@ -141,6 +148,7 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         device_type=platform.device.type,
         micro_tokens=spec.micro_tokens,
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
+        quantisation=_quantisation(spec, config),
     )
     steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
     report(
@@ -225,7 +233,7 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
     """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
     same = msgspec.structs.replace(spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto")
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
-    digest.update(model_digest(files).encode())
+    digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
     for row in [*dataset.rows, *dataset.eval_rows]:
         digest.update(row.ids.tobytes() + row.trained)
     return digest.hexdigest()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from lmesh_kernels.layers.recompute import Recompute
-from lmesh_kernels.models.config import ModelConfig
-from lmesh_kernels.models.footprint import parameter_bytes
+from lmesh_kernels.models.config import ModelConfig, Quantisation
+from lmesh_kernels.models.footprint import parameter_bytes, unfolded_bytes
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.ops.head_loss import CHUNK_BYTES
 
@@ -46,6 +46,7 @@ def plan_training(
     device_type: str,
     micro_tokens: int = 0,
     recompute: Recompute | None = None,
+    quantisation: Quantisation = "none",
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
@@ -59,7 +60,7 @@ def plan_training(
         policies.append(Recompute.FULL)
     for policy in policies:
         for size in sizes:
-            lines = _lines(config, precision, trained, frozen, size, policy)
+            lines = _lines(config, precision, trained, frozen, size, policy, quantisation)
             plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
             if plan.total <= _SHARE * free:
                 return plan
@@ -74,14 +75,21 @@ def _mib(count: int) -> str:
 
 
 def _lines(
-    config: ModelConfig, precision: Precision, trained: int, frozen: bool, tokens: int, policy: Recompute
+    config: ModelConfig,
+    precision: Precision,
+    trained: int,
+    frozen: bool,
+    tokens: int,
+    policy: Recompute,
+    quantisation: Quantisation,
 ) -> dict[str, int]:
     size = precision.dtype.itemsize
     values = trained * size if frozen else 0
     masters = trained * 4 if precision is Precision.BF16 else 0
     moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
     return {
-        "weights": parameter_bytes(config, precision.dtype),
+        "weights": parameter_bytes(config, precision.dtype, quantisation),
+        "unfolded weights": unfolded_bytes(config, precision.dtype) if quantisation == "nf4" else 0,
         "trained values and masters": values + masters,
         "gradient sums": trained * 4,
         "optimiser": moments,

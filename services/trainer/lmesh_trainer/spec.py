@@ -91,6 +91,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_steps: int = 0  # 0: as many as the epochs have
     batch_size: int = 8  # rows an update, over all ranks
     micro_tokens: int = 0  # tokens run at once; 0: planned
+    load_in_4bit: bool = False  # the frozen base in NF4 with double quantisation (QLoRA); always, where it is stored so
     precision: Literal["auto", "float32", "bf16", "bf16-pure"] = "auto"
     recompute: Literal["auto", "none", "selective", "full", "offload"] = "auto"
     device: str = "auto"
@@ -105,6 +106,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _at_least(self, 0, "max_steps", "micro_tokens", "threads", "seed", "eval_steps", "save_steps")
         _at_least(self, 0, "early_stop_patience")
         _at_least(self, 1, "batch_size", "keep_checkpoints")
+        if self.load_in_4bit and self.method == "full":
+            raise ValueError("load_in_4bit needs method lora: quantised weights are not trained")
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, not {self.epochs}")
         if self.early_stop_patience and not self.dataset.eval_rows:

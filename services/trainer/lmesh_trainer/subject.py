@@ -73,7 +73,7 @@ def start_adapter(spec: JobSpec, decoder: Decoder) -> Adapter:
 
 def _rows(decoder: Decoder, site: Site) -> Tensor:
     shape = sites(decoder.config)[site]
-    return decoder.get_buffer(f"{shape.slot}.weight")[shape.start : shape.start + shape.outputs]
+    return decoder.product(shape.slot).matrix()[shape.start : shape.start + shape.outputs]
 
 
 def _lora(spec: JobSpec, decoder: Decoder, precision: Precision, recompute: Recompute) -> Subject:

@@ -8,7 +8,7 @@ import sys
 from lmesh_chassis import lifecycle, logs, tls, tracing
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.settings import exit_unless, load_or_exit
-from lmesh_kernels.text.digests import model_digest, text_digest
+from lmesh_kernels.text.digests import base_digest, text_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 
 from lmesh_worker.config import WorkerSettings, model_id_of
@@ -48,7 +48,7 @@ def _identity(settings: WorkerSettings, files: ModelFiles) -> ModelIdentity:
     return ModelIdentity(
         model_id=settings.model_id or model_id_of(settings.model),
         source=files.source,
-        digest=model_digest(files),
+        digest=base_digest(files, nf4=settings.quantization == "nf4"),
         text_digest=text_digest(files),
     )
 
@@ -58,6 +58,7 @@ def engine_config(settings: WorkerSettings, digest: str) -> EngineConfig:
     return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         block_size=settings.block_size,
         kv_blocks=settings.kv_blocks,
         kv_cache_bytes=settings.kv_cache_bytes,

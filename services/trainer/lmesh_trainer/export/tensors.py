@@ -10,6 +10,7 @@ from lmesh_kernels.lora.factors import Adapter, merged
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.registry import read_tensors
 from lmesh_kernels.models.weights import IGNORABLE, bindings
+from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise
 from lmesh_kernels.text.resolve import ModelFiles
 from torch import Tensor
 
@@ -55,6 +56,8 @@ def merged_tensors(
     for name, tensor in read_tensors(files, config):
         if IGNORABLE.match(name) or (name in known and known[name].duplicate):
             continue
+        if isinstance(tensor, Nf4Tensor):
+            tensor = dequantise(tensor, torch.float32)
         factors = sites.pop(name, None)
         if factors is None:
             yield name, tensor.to(dtype)

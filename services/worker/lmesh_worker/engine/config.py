@@ -14,6 +14,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str = "auto"  # auto | cpu | cuda | rocm | xpu
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    quantization: str = "auto"  # auto (the checkpoint's own) | none | nf4
     block_size: int = 16  # tokens a KV block
     kv_blocks: int = 0  # overrides the plan
     kv_cache_bytes: int = 0  # overrides the plan, in bytes
@@ -40,5 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"memory_fraction must lie in [0, 1], not {self.memory_fraction}")
         if self.pipeline_depth not in (-1, 0, 1):
             raise ConfigError(f"pipeline_depth must be 0, 1 or -1 (the platform chooses), not {self.pipeline_depth}")
+        if self.quantization not in ("auto", "none", "nf4"):
+            raise ConfigError(f"quantization must be auto, none or nf4, not {self.quantization!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from lmesh_kernels.layers.kv_cache import KVCache
-from lmesh_kernels.models.config import ModelConfig
-from lmesh_kernels.models.footprint import activation_bytes, packed_bytes, parameter_bytes
+from lmesh_kernels.models.config import ModelConfig, Quantisation
+from lmesh_kernels.models.footprint import activation_bytes, packed_bytes, parameter_bytes, unfolded_bytes
 from lmesh_kernels.platforms.platform import Platform
 
 from lmesh_worker.engine.config import ConfigError, EngineConfig
@@ -30,6 +30,7 @@ class MemoryPlan:
     """Sizes that an engine is built with, and what each takes in bytes."""
 
     dtype: torch.dtype
+    quantisation: Quantisation
     max_seqs: int
     max_step_tokens: int
     max_model_len: int
@@ -53,11 +54,16 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     if max_seqs > max_tokens:
         raise ConfigError(f"max_seqs {max_seqs} exceeds max_step_tokens {max_tokens}: every sequence needs one token")
     free = platform.memory_free()
-    weights = parameter_bytes(model, dtype)
+    quantisation: Quantisation = "nf4" if "nf4" in (config.quantization, model.quantisation) else "none"
+    if quantisation == "nf4" and config.quantization == "none":
+        raise ConfigError("quantization none: the checkpoint is NF4; take auto, or the model that it was made of")
+    weights = parameter_bytes(model, dtype, quantisation)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
+    activations += unfolded_bytes(model, dtype) if quantisation == "nf4" else 0
     block = KVCache.bytes_per_block(model, config.block_size, dtype)
     budget = int(free * (config.memory_fraction or fraction))
-    packed = packed_bytes(model, dtype) if platform.name == "cpu" and dtype is torch.float32 else 0
+    plain = platform.name == "cpu" and dtype is torch.float32 and quantisation == "none"
+    packed = packed_bytes(model, dtype) if plain else 0
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
     packed = packed if weights + packed + activations <= budget // 2 else 0
     adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
@@ -77,6 +83,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(
         dtype=dtype,
+        quantisation=quantisation,
         max_seqs=max_seqs,
         max_step_tokens=max_tokens,
         max_model_len=max_model_len,
