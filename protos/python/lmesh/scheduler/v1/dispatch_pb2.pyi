@@ -197,6 +197,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     DELIVERED_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; the caller's or drawn by the gateway."""
     model: _builtins.str
@@ -219,6 +220,8 @@ class Submit(_message.Message):
     """Derived from the tenant; part of the cache's root."""
     delivered_tokens: _builtins.int
     """New tokens that were delivered before; a continuation has some."""
+    adapter: _builtins.str
+    """Content digest of the adapter that it runs with; empty for the base alone."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt ids."""
@@ -238,10 +241,11 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
         delivered_tokens: _builtins.int = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "delivered_tokens", b"delivered_tokens", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "delivered_tokens", b"delivered_tokens", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,37 +25,41 @@ _sym_db = _symbol_database.Default()
 from lmesh.scheduler.v1 import model_pb2 as lmesh_dot_scheduler_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elmesh/scheduler/v1/fleet.proto\x12\x12lmesh.scheduler.v1\x1a\x1elmesh/scheduler/v1/model.proto\"\xab\x01\n\x0c\x46leetRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.WorkerHello\x12\x30\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.lmesh.scheduler.v1.Heartbeat\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\'\n\x02kv\x18\x04 \x01(\x0b\x32\x1b.lmesh.scheduler.v1.KvDelta\"H\n\x07KvDelta\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\"E\n\rHeldPlacement\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x11\n\tsequences\x18\x03 \x01(\r\"\xe5\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x32\n\x05model\x18\x04 \x01(\x0b\x32#.lmesh.scheduler.v1.ModelDescriptor\x12.\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1c.lmesh.scheduler.v1.Capacity\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12/\n\x04held\x18\x07 \x03(\x0b\x32!.lmesh.scheduler.v1.HeldPlacement\"H\n\x08\x43\x61pacity\x12\x10\n\x08max_seqs\x18\x01 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\"\xeb\x01\n\tHeartbeat\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x05 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12.\n\x08progress\x18\x08 \x01(\x0e\x32\x1c.lmesh.scheduler.v1.Progress\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\"z\n\rFleetResponse\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.lmesh.scheduler.v1.FleetHello\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\x12\x16\n\x0erevoked_leases\x18\x03 \x03(\x04\x12\x13\n\x0bkv_snapshot\x18\x04 \x01(\x08\"V\n\nFleetHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"\x16\n\x14\x44\x65scribeFleetRequest\"\xa3\x01\n\x15\x44\x65scribeFleetResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0c\n\x04live\x18\x03 \x01(\r\x12\x10\n\x08gateways\x18\x04 \x01(\r\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .lmesh.scheduler.v1.WorkerStatus\x12\x12\n\njournal_ok\x18\x06 \x01(\x08\"\xc5\x01\n\x0cWorkerStatus\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.WorkerHello\x12\x30\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.lmesh.scheduler.v1.Heartbeat\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\r\x12\x12\n\nplacements\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bkv_granules\x18\x06 \x01(\r*a\n\x08Progress\x12\x18\n\x14PROGRESS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPROGRESS_OK\x10\x01\x12\x16\n\x12PROGRESS_COMPILING\x10\x02\x12\x12\n\x0ePROGRESS_STUCK\x10\x03\x32\xc6\x01\n\x0c\x46leetService\x12P\n\x05\x46leet\x12 .lmesh.scheduler.v1.FleetRequest\x1a!.lmesh.scheduler.v1.FleetResponse(\x01\x30\x01\x12\x64\n\rDescribeFleet\x12(.lmesh.scheduler.v1.DescribeFleetRequest\x1a).lmesh.scheduler.v1.DescribeFleetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elmesh/scheduler/v1/fleet.proto\x12\x12lmesh.scheduler.v1\x1a\x1elmesh/scheduler/v1/model.proto\"\xdf\x01\n\x0c\x46leetRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.WorkerHello\x12\x30\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.lmesh.scheduler.v1.Heartbeat\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\'\n\x02kv\x18\x04 \x01(\x0b\x32\x1b.lmesh.scheduler.v1.KvDelta\x12\x32\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32 .lmesh.scheduler.v1.AdapterState\"M\n\x0c\x41\x64\x61pterState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"/\n\x0bLoadAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\"H\n\x07KvDelta\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\"E\n\rHeldPlacement\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x11\n\tsequences\x18\x03 \x01(\r\"\xf7\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x32\n\x05model\x18\x04 \x01(\x0b\x32#.lmesh.scheduler.v1.ModelDescriptor\x12.\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1c.lmesh.scheduler.v1.Capacity\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12/\n\x04held\x18\x07 \x03(\x0b\x32!.lmesh.scheduler.v1.HeldPlacement\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t\"H\n\x08\x43\x61pacity\x12\x10\n\x08max_seqs\x18\x01 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\"\xeb\x01\n\tHeartbeat\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x05 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12.\n\x08progress\x18\x08 \x01(\x0e\x32\x1c.lmesh.scheduler.v1.Progress\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\"\xc9\x01\n\rFleetResponse\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.lmesh.scheduler.v1.FleetHello\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\x12\x16\n\x0erevoked_leases\x18\x03 \x03(\x04\x12\x13\n\x0bkv_snapshot\x18\x04 \x01(\x08\x12\x36\n\rload_adapters\x18\x05 \x03(\x0b\x32\x1f.lmesh.scheduler.v1.LoadAdapter\x12\x15\n\rdrop_adapters\x18\x06 \x03(\t\"V\n\nFleetHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"\x16\n\x14\x44\x65scribeFleetRequest\"\xa3\x01\n\x15\x44\x65scribeFleetResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0c\n\x04live\x18\x03 \x01(\r\x12\x10\n\x08gateways\x18\x04 \x01(\r\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .lmesh.scheduler.v1.WorkerStatus\x12\x12\n\njournal_ok\x18\x06 \x01(\x08\"\xd7\x01\n\x0cWorkerStatus\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.WorkerHello\x12\x30\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.lmesh.scheduler.v1.Heartbeat\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\r\x12\x12\n\nplacements\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bkv_granules\x18\x06 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t*a\n\x08Progress\x12\x18\n\x14PROGRESS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPROGRESS_OK\x10\x01\x12\x16\n\x12PROGRESS_COMPILING\x10\x02\x12\x12\n\x0ePROGRESS_STUCK\x10\x03\x32\xc6\x01\n\x0c\x46leetService\x12P\n\x05\x46leet\x12 .lmesh.scheduler.v1.FleetRequest\x1a!.lmesh.scheduler.v1.FleetResponse(\x01\x30\x01\x12\x64\n\rDescribeFleet\x12(.lmesh.scheduler.v1.DescribeFleetRequest\x1a).lmesh.scheduler.v1.DescribeFleetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lmesh.scheduler.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROGRESS']._serialized_start=1551
-  _globals['_PROGRESS']._serialized_end=1648
+  _globals['_PROGRESS']._serialized_start=1847
+  _globals['_PROGRESS']._serialized_end=1944
   _globals['_FLEETREQUEST']._serialized_start=87
-  _globals['_FLEETREQUEST']._serialized_end=258
-  _globals['_KVDELTA']._serialized_start=260
-  _globals['_KVDELTA']._serialized_end=332
-  _globals['_HELDPLACEMENT']._serialized_start=334
-  _globals['_HELDPLACEMENT']._serialized_end=403
-  _globals['_WORKERHELLO']._serialized_start=406
-  _globals['_WORKERHELLO']._serialized_end=635
-  _globals['_CAPACITY']._serialized_start=637
-  _globals['_CAPACITY']._serialized_end=709
-  _globals['_HEARTBEAT']._serialized_start=712
-  _globals['_HEARTBEAT']._serialized_end=947
-  _globals['_FLEETRESPONSE']._serialized_start=949
-  _globals['_FLEETRESPONSE']._serialized_end=1071
-  _globals['_FLEETHELLO']._serialized_start=1073
-  _globals['_FLEETHELLO']._serialized_end=1159
-  _globals['_DESCRIBEFLEETREQUEST']._serialized_start=1161
-  _globals['_DESCRIBEFLEETREQUEST']._serialized_end=1183
-  _globals['_DESCRIBEFLEETRESPONSE']._serialized_start=1186
-  _globals['_DESCRIBEFLEETRESPONSE']._serialized_end=1349
-  _globals['_WORKERSTATUS']._serialized_start=1352
-  _globals['_WORKERSTATUS']._serialized_end=1549
-  _globals['_FLEETSERVICE']._serialized_start=1651
-  _globals['_FLEETSERVICE']._serialized_end=1849
+  _globals['_FLEETREQUEST']._serialized_end=310
+  _globals['_ADAPTERSTATE']._serialized_start=312
+  _globals['_ADAPTERSTATE']._serialized_end=389
+  _globals['_LOADADAPTER']._serialized_start=391
+  _globals['_LOADADAPTER']._serialized_end=438
+  _globals['_KVDELTA']._serialized_start=440
+  _globals['_KVDELTA']._serialized_end=512
+  _globals['_HELDPLACEMENT']._serialized_start=514
+  _globals['_HELDPLACEMENT']._serialized_end=583
+  _globals['_WORKERHELLO']._serialized_start=586
+  _globals['_WORKERHELLO']._serialized_end=833
+  _globals['_CAPACITY']._serialized_start=835
+  _globals['_CAPACITY']._serialized_end=907
+  _globals['_HEARTBEAT']._serialized_start=910
+  _globals['_HEARTBEAT']._serialized_end=1145
+  _globals['_FLEETRESPONSE']._serialized_start=1148
+  _globals['_FLEETRESPONSE']._serialized_end=1349
+  _globals['_FLEETHELLO']._serialized_start=1351
+  _globals['_FLEETHELLO']._serialized_end=1437
+  _globals['_DESCRIBEFLEETREQUEST']._serialized_start=1439
+  _globals['_DESCRIBEFLEETREQUEST']._serialized_end=1461
+  _globals['_DESCRIBEFLEETRESPONSE']._serialized_start=1464
+  _globals['_DESCRIBEFLEETRESPONSE']._serialized_end=1627
+  _globals['_WORKERSTATUS']._serialized_start=1630
+  _globals['_WORKERSTATUS']._serialized_end=1845
+  _globals['_FLEETSERVICE']._serialized_start=1947
+  _globals['_FLEETSERVICE']._serialized_end=2145
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,7 @@ class FleetRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """The worker takes no new placements from here on and leaves when its requests have ended."""
     @_builtins.property
@@ -72,6 +73,10 @@ class FleetRequest(_message.Message):
     def kv(self) -> Global___KvDelta:
         """Changes of what its prefix cache holds."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterState]:
+        """How loading went, and what is held no more."""
+
     def __init__(
         self,
         *,
@@ -79,14 +84,75 @@ class FleetRequest(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         draining: _builtins.bool = ...,
         kv: Global___KvDelta | None = ...,
+        adapters: _abc.Iterable[Global___AdapterState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv", b"kv"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv", b"kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetRequest: _TypeAlias = FleetRequest  # noqa: Y015
+
+@_typing.final
+class AdapterState(_message.Message):
+    """An adapter at a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Its content digest."""
+    held: _builtins.bool
+    """New sequences may run with it."""
+    reason: _builtins.str
+    """UPPER_SNAKE, when it is not held: why loading failed; empty when it was dropped."""
+    message: _builtins.str
+    """For the person."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        held: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "held", b"held", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
+
+@_typing.final
+class LoadAdapter(_message.Message):
+    """An adapter to load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Its content digest."""
+    artifact: _builtins.str
+    """Digest of its folder in the artifact store."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        artifact: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapter: _TypeAlias = LoadAdapter  # noqa: Y015
 
 @_typing.final
 class KvDelta(_message.Message):
@@ -165,6 +231,7 @@ class WorkerHello(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable name."""
     epoch: _builtins.str
@@ -185,6 +252,10 @@ class WorkerHello(_message.Message):
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldPlacement]:
         """What it runs already, for a scheduler that has just begun; their gateways announce the requests themselves."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Content digests of the adapters that it holds."""
+
     def __init__(
         self,
         *,
@@ -195,10 +266,11 @@ class WorkerHello(_message.Message):
         capacity: Global___Capacity | None = ...,
         device: _builtins.str = ...,
         held: _abc.Iterable[Global___HeldPlacement] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "held", b"held", "model", b"model", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "held", b"held", "model", b"model", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,6 +370,8 @@ class FleetResponse(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     REVOKED_LEASES_FIELD_NUMBER: _builtins.int
     KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    LOAD_ADAPTERS_FIELD_NUMBER: _builtins.int
+    DROP_ADAPTERS_FIELD_NUMBER: _builtins.int
     drain: _builtins.bool
     """Finish what runs, take nothing new, leave."""
     kv_snapshot: _builtins.bool
@@ -310,6 +384,14 @@ class FleetResponse(_message.Message):
     def revoked_leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Leases that no gateway holds any more: their sequences are to be dropped."""
 
+    @_builtins.property
+    def load_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadAdapter]:
+        """Adapters to hold; each is answered by its state."""
+
+    @_builtins.property
+    def drop_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Content digests of adapters to let go; each is answered by its state."""
+
     def __init__(
         self,
         *,
@@ -317,10 +399,12 @@ class FleetResponse(_message.Message):
         drain: _builtins.bool = ...,
         revoked_leases: _abc.Iterable[_builtins.int] | None = ...,
         kv_snapshot: _builtins.bool = ...,
+        load_adapters: _abc.Iterable[Global___LoadAdapter] | None = ...,
+        drop_adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "revoked_leases", b"revoked_leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "drop_adapters", b"drop_adapters", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "load_adapters", b"load_adapters", "revoked_leases", b"revoked_leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,6 +513,7 @@ class WorkerStatus(_message.Message):
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     KV_GRANULES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     heartbeat_age_ms: _builtins.int
     """Age of the last heartbeat."""
     placements: _builtins.int
@@ -445,6 +530,10 @@ class WorkerStatus(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Its last heartbeat."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Content digests of the adapters that it holds."""
+
     def __init__(
         self,
         *,
@@ -454,10 +543,11 @@ class WorkerStatus(_message.Message):
         placements: _builtins.int = ...,
         draining: _builtins.bool = ...,
         kv_granules: _builtins.int = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "heartbeat_age_ms", b"heartbeat_age_ms", "hello", b"hello", "kv_granules", b"kv_granules", "placements", b"placements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "draining", b"draining", "heartbeat", b"heartbeat", "heartbeat_age_ms", b"heartbeat_age_ms", "hello", b"hello", "kv_granules", b"kv_granules", "placements", b"placements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

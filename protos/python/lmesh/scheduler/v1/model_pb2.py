@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elmesh/scheduler/v1/model.proto\x12\x12lmesh.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n\x0fModelDescriptor\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0btext_digest\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12\x11\n\tkv_format\x18\t \x01(\t\x12\x19\n\x11kv_granule_blocks\x18\n \x01(\r\"A\n\x0cModelCatalog\x12\x31\n\x07\x65ntries\x18\x01 \x03(\x0b\x32 .lmesh.scheduler.v1.CatalogEntry\"\x80\x01\n\x0c\x43\x61talogEntry\x12\x32\n\x05model\x18\x01 \x01(\x0b\x32#.lmesh.scheduler.v1.ModelDescriptor\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12+\n\x07\x63reated\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elmesh/scheduler/v1/model.proto\x12\x12lmesh.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n\x0fModelDescriptor\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0btext_digest\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12\x11\n\tkv_format\x18\t \x01(\t\x12\x19\n\x11kv_granule_blocks\x18\n \x01(\r\"A\n\x0cModelCatalog\x12\x31\n\x07\x65ntries\x18\x01 \x03(\x0b\x32 .lmesh.scheduler.v1.CatalogEntry\"\xb6\x01\n\x0c\x43\x61talogEntry\x12\x32\n\x05model\x18\x01 \x01(\x0b\x32#.lmesh.scheduler.v1.ModelDescriptor\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12+\n\x07\x63reated\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\".lmesh.scheduler.v1.CatalogAdapter\"|\n\x0e\x43\x61talogAdapter\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,5 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELCATALOG']._serialized_start=306
   _globals['_MODELCATALOG']._serialized_end=371
   _globals['_CATALOGENTRY']._serialized_start=374
-  _globals['_CATALOGENTRY']._serialized_end=502
+  _globals['_CATALOGENTRY']._serialized_end=556
+  _globals['_CATALOGADAPTER']._serialized_start=558
+  _globals['_CATALOGADAPTER']._serialized_end=682
 # @@protoc_insertion_point(module_scope)

@@ -110,6 +110,7 @@ class CatalogEntry(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     workers: _builtins.int
     """Number of workers that serve it."""
     @_builtins.property
@@ -120,17 +121,62 @@ class CatalogEntry(_message.Message):
     def created(self) -> _timestamp_pb2.Timestamp:
         """When the first of them joined."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogAdapter]:
+        """Published adapters of it, every version."""
+
     def __init__(
         self,
         *,
         model: Global___ModelDescriptor | None = ...,
         workers: _builtins.int = ...,
         created: _timestamp_pb2.Timestamp | None = ...,
+        adapters: _abc.Iterable[Global___CatalogAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "model", b"model", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "created", b"created", "model", b"model", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CatalogEntry: _TypeAlias = CatalogEntry  # noqa: Y015
+
+@_typing.final
+class CatalogAdapter(_message.Message):
+    """A published adapter, as gateways need it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose it is: it is shown and served to nobody else."""
+    name: _builtins.str
+    """`model:name` asks for its newest version, `model:name@version` for one."""
+    version: _builtins.int
+    """From 1."""
+    digest: _builtins.str
+    """Content digest."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When it was published."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "name", b"name", "tenant", b"tenant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatalogAdapter: _TypeAlias = CatalogAdapter  # noqa: Y015

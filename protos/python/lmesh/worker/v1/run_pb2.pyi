@@ -137,6 +137,7 @@ class Start(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """Chosen by the gateway, unique among its live sequences on this link; reused after finish."""
     lease: _builtins.int
@@ -153,6 +154,8 @@ class Start(_message.Message):
     """W3C trace context."""
     priority: _builtins.int
     """Smaller is sooner."""
+    adapter: _builtins.str
+    """Content digest of the adapter that it runs with; empty for the base alone."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt ids, then, for a continuation, ids already delivered."""
@@ -174,10 +177,11 @@ class Start(_message.Message):
         cache_salt: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         priority: _builtins.int = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "choice", b"choice", "ids", b"ids", "lease", b"lease", "params", b"params", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "slot", b"slot", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "ids", b"ids", "lease", b"lease", "params", b"params", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "slot", b"slot", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
