@@ -30,7 +30,7 @@ down: ## stop the mesh
 
 gen: install-dev ## write protos/python from protos/lmesh
 	cd protos && ../$(BIN)/buf format -w
-	cd protos && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=python --grpc_python_out=python \
+	cd protos && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=python --grpc_python_out=python \
 		--mypy_out=python --mypy_grpc_out=python $(PROTOS)
 
 lint: install-dev ## style, types, import rules, protos

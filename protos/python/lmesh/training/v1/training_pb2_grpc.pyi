@@ -4,8 +4,8 @@ isort:skip_file
 The public training API: from a dataset to an adapter that is served.
 
 Errors are canonical gRPC codes with google.rpc.ErrorInfo (reason in
-UPPER_SNAKE, domain "lmesh.training"), BadRequest for field faults and
-RetryInfo where a retry can help. docs/errors.md lists every reason.
+UPPER_SNAKE; the domain names the service that refused), BadRequest for field
+faults and RetryInfo where a retry can help. docs/errors.md lists every reason.
 """
 
 from collections import abc as _abc
