@@ -69,6 +69,7 @@ def engine_config(settings: WorkerSettings, digest: str) -> EngineConfig:
         prefix_cache=settings.prefix_cache,
         pipeline_depth=settings.pipeline_depth,
         threads=settings.threads,
+        max_adapter_bytes=settings.max_adapter_bytes,
         model_digest=digest,
     )
 

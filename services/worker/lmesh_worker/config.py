@@ -31,6 +31,8 @@ class WorkerSettings(ChassisSettings):
     memory_fraction: float = 0.0  # of the free memory, for weights, activations and KV together
     max_model_len: int = 0
     prefix_cache: bool = True
+    artifacts: str = ""  # folder of the artifact store, which adapters are fetched from; empty: none are served
+    max_adapter_bytes: int = 0  # held adapters, at most
     pipeline_depth: int = -1  # 0 or 1; -1: the platform chooses
     threads: int = 0
 
@@ -45,7 +47,15 @@ class WorkerSettings(ChassisSettings):
     drain_linger_s: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_step_tokens", "kv_blocks", "kv_cache_bytes", "max_model_len", "threads"):
+        for name in (
+            "max_seqs",
+            "max_step_tokens",
+            "kv_blocks",
+            "kv_cache_bytes",
+            "max_model_len",
+            "threads",
+            "max_adapter_bytes",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (planned) or more")
         for name in ("block_size", "max_unacked_steps", "max_unacked_bytes", "max_engine_backlog_bytes"):

@@ -10,6 +10,8 @@ DOMAIN = "lmesh.worker"
 # Reasons of sequences that end with ERROR; they ride in StepOutputs, not in a status. See also start_check.
 ENGINE_DIED = "ENGINE_DIED"
 SLOT_IN_USE = "SLOT_IN_USE"
+# Of an adapter that cannot be fetched; it rides in AdapterState.
+ARTIFACTS_DISABLED = "ARTIFACTS_DISABLED"
 
 
 class HelloRequiredError(ServiceError):

@@ -14,6 +14,7 @@ from lmesh_chassis.backoff import Backoff
 from lmesh_chassis.errors import RemoteError
 from lmesh_chassis.links import Link
 
+from lmesh_worker.adapter_shelf import AdapterShelf
 from lmesh_worker.kv_feed import KvFeed
 from lmesh_worker.messages import Load, Ready
 from lmesh_worker.watchdog import Verdict
@@ -40,8 +41,8 @@ class FleetLink:
     """Keeps the worker known to its scheduler for as long as `run` runs.
 
     `load()` and `verdict()` are asked at each heartbeat, `held()`, (request id, lease) and sequences of what runs, at
-    each hello; `kv` says what the prefix cache holds. `on_drain` is called when the scheduler wants this worker gone,
-    `on_revoked` with leases that are to be dropped.
+    each hello; `kv` says what the prefix cache holds, `adapters` which adapters are held, and takes orders for them.
+    `on_drain` is called when the scheduler wants this worker gone, `on_revoked` with leases that are to be dropped.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FleetLink:
         verdict: Callable[[], Verdict],
         held: Callable[[], dict[tuple[str, int], int]],
         kv: KvFeed,
+        adapters: AdapterShelf,
         on_drain: Callable[[], None],
         on_revoked: Callable[[Collection[int]], None],
         backoff: Backoff | None = None,
@@ -64,6 +66,7 @@ class FleetLink:
         self._verdict = verdict
         self._held = held
         self._kv = kv
+        self._adapters = adapters
         self._on_drain = on_drain
         self._on_revoked = on_revoked
         self._draining = False
@@ -82,7 +85,7 @@ class FleetLink:
             on_broken=self._on_broken,
             backoff=backoff,
         )
-        kv.on_due = self._link.wake
+        kv.on_due = adapters.on_change = self._link.wake
 
     @property
     def connected(self) -> bool:
@@ -151,16 +154,18 @@ class FleetLink:
                 fleet_pb2.HeldPlacement(request_id=request_id, lease=lease, sequences=sequences)
                 for (request_id, lease), sequences in self._held().items()
             ],
+            adapters=self._adapters.held,
         )
         # A hello is a fresh start for the scheduler: the rest is said again.
         self._told_draining.clear()
         self._kv.restart()
+        self._adapters.restart()
         self._due = True
         return fleet_pb2.FleetRequest(hello=hello)
 
     def _collect(self) -> fleet_pb2.FleetRequest | None:
-        delta = self._kv.next()
-        if delta is None and not self._due:
+        delta, adapters = self._kv.next(), self._adapters.take_untold()
+        if delta is None and not adapters and not self._due:
             return None
         request = fleet_pb2.FleetRequest(draining=self._draining)
         if self._due:
@@ -169,6 +174,8 @@ class FleetLink:
         if delta is not None:
             kv = fleet_pb2.KvDelta(seq=delta.seq, snapshot=delta.snapshot, added=delta.added, removed=delta.removed)
             request.kv.CopyFrom(kv)
+        for state in adapters:
+            request.adapters.add(digest=state.digest, held=state.held, reason=state.reason, message=state.message)
         if self._draining:
             self._told_draining.set()
         return request
@@ -200,6 +207,10 @@ class FleetLink:
             self._on_revoked(response.revoked_leases)
         if response.kv_snapshot:
             self._kv.snapshot()
+        # Drops first: they make room for what is to be loaded.
+        self._adapters.drop(response.drop_adapters)
+        for order in response.load_adapters:
+            self._adapters.load(order.digest, order.artifact)
         if response.drain:
             self._on_drain()
 

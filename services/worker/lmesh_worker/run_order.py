@@ -21,6 +21,7 @@ class StartOrder:
     cache_salt: str
     traceparent: str
     priority: int
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

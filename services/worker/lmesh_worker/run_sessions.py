@@ -131,6 +131,7 @@ class RunSessions:
                 params=order.params,
                 cache_salt=order.cache_salt,
                 priority=order.priority,
+                adapter=order.adapter,
             )
         )
 

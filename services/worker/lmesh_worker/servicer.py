@@ -120,6 +120,7 @@ def _order(start: run_pb2.Start) -> StartOrder:
         cache_salt=start.cache_salt,
         traceparent=start.traceparent,
         priority=start.priority,
+        adapter=start.adapter,
     )
 
 

@@ -8,21 +8,24 @@ import logging
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmesh.worker.v1 import run_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis import tls
+from lmesh_chassis.artifacts.store import FolderStore
 from lmesh_chassis.channel import connect
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from lmesh_worker.adapter_shelf import AdapterShelf
 from lmesh_worker.config import WorkerSettings, advertised_address
 from lmesh_worker.engine_client import EngineClient
 from lmesh_worker.errors import DOMAIN, EngineFailedError
 from lmesh_worker.fleet_link import FleetLink, Identity
 from lmesh_worker.kv_feed import KvFeed
-from lmesh_worker.messages import ProgressChange, Ready
+from lmesh_worker.messages import DropAdapter, ProgressChange, Ready
 from lmesh_worker.metrics import WorkerMetrics
 from lmesh_worker.run_order import SessionLimits
 from lmesh_worker.run_sessions import RunSessions
@@ -75,6 +78,11 @@ class Worker:
             engine_behind=lambda: engine.backlog_bytes > settings.max_engine_backlog_bytes,
         )
         self._kv = KvFeed()
+        self._adapters = AdapterShelf(
+            FolderStore(Path(settings.artifacts)) if settings.artifacts else None,
+            load=engine.load_adapter,
+            drop=lambda digest: engine.send(DropAdapter(digest)),
+        )
         self._engine_gone = False
         self._verdict_before = Verdict.OK
         self._watchdog = Watchdog(bound_s=settings.step_bound_s, compile_bound_s=settings.compile_bound_s)
@@ -155,6 +163,7 @@ class Worker:
                 verdict=self._verdict,
                 held=self.sessions.held,
                 kv=self._kv,
+                adapters=self._adapters,
                 on_drain=shutdown.request,
                 on_revoked=self._revoked,
             )
@@ -166,6 +175,7 @@ class Worker:
                 watched.cancel()
                 linked.cancel()
                 await asyncio.gather(watched, linked, return_exceptions=True)
+                await self._adapters.close()
 
     def _identity(self) -> Identity:
         model = self._model
