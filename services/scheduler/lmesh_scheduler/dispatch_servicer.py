@@ -7,14 +7,13 @@ from array import array
 from typing import Any
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 from lmesh.scheduler.v1 import dispatch_pb2 as pb
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
 from redis.exceptions import RedisError
 
+from lmesh_scheduler.catalog import catalog, timestamp
 from lmesh_scheduler.errors import HelloRequiredError, JournalUnavailableError, RequestNotFoundError, SlowLinkError
 from lmesh_scheduler.failover import Leg
-from lmesh_scheduler.fleet import CatalogEntry
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked
 from lmesh_scheduler.journal import Journal, parse_timeline
 from lmesh_scheduler.requests import Ending, Request, State, Submission, TimelineEvent
@@ -100,7 +99,7 @@ class DispatchServicer(dispatch_pb2_grpc.DispatchServiceServicer):
             gateway.catalog_due = False
         if not events and not catalog_due:
             return None
-        return _response(events, self._scheduler.fleet.catalog() if catalog_due else None)
+        return _response(events, catalog(self._scheduler.fleet, self._scheduler.adapters) if catalog_due else None)
 
     def _obey(self, gateway: Gateway, message: pb.DispatchRequest) -> None:
         if len(gateway.events) > MAX_EVENTS:
@@ -156,6 +155,7 @@ def _submission(submit: pb.Submit) -> Submission:
         traceparent=submit.traceparent,
         cache_salt=submit.cache_salt,
         delivered_tokens=submit.delivered_tokens,
+        adapter=submit.adapter,
     )
 
 
@@ -171,16 +171,10 @@ def _ending(finished: pb.Finished) -> Ending:
     )
 
 
-def _response(events: list[Event], catalog: list[CatalogEntry] | None) -> pb.DispatchResponse:
-    response = pb.DispatchResponse()
+def _response(events: list[Event], models: model_pb2.ModelCatalog | None) -> pb.DispatchResponse:
+    response = pb.DispatchResponse(catalog=models)
     for event in events:
         _add(response, event)
-    if catalog is not None:
-        response.catalog.SetInParent()
-        for entry in catalog:
-            response.catalog.entries.add(
-                model=descriptor(entry), workers=entry.workers, created=timestamp(entry.created)
-            )
     return response
 
 
@@ -209,27 +203,6 @@ def _add(response: pb.DispatchResponse, event: Event) -> None:
             message=event.message,
             retry_after_ms=event.retry_after_ms,
         )
-
-
-def descriptor(entry: CatalogEntry) -> model_pb2.ModelDescriptor:
-    """The wire form of a catalog entry's model."""
-    model = entry.model
-    return model_pb2.ModelDescriptor(
-        id=model.id,
-        source=model.source,
-        digest=model.digest,
-        text_digest=model.text_digest,
-        max_model_len=model.max_model_len,
-        vocab_size=model.vocab_size,
-        block_size=model.block_size,
-    )
-
-
-def timestamp(seconds: float) -> Timestamp:
-    """Unix seconds as a protobuf timestamp."""
-    stamp = Timestamp()
-    stamp.FromMicroseconds(round(seconds * 1e6))
-    return stamp
 
 
 def _events(timeline: list[TimelineEvent]) -> list[pb.Event]:

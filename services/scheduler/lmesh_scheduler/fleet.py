@@ -50,6 +50,7 @@ class Hello:
     kv_blocks: int
     device: str
     held: tuple[Held, ...] = ()  # what it runs already
+    adapters: tuple[str, ...] = ()  # content digests of those that it holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _serve(self, worker: Worker, awake: asyncio.Event, context: RpcContext) -> None:
         reader = asyncio.create_task(self._read(worker, context))
-        writer = asyncio.create_task(_write(worker, awake, context))
+        writer = asyncio.create_task(self._write(worker, awake, context))
         closing = asyncio.create_task(self._closing.wait())
         tasks: tuple[asyncio.Task[Any], ...] = (reader, writer, closing)
         try:
@@ -99,6 +99,38 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             self._scheduler.worker_beat(worker, beat, draining=message.draining)
             if message.HasField("kv"):
                 self._take_delta(worker, message.kv)
+            for state in message.adapters:
+                self._scheduler.residency.told(
+                    worker, state.digest, held=state.held, reason=state.reason, message=state.message
+                )
+            if message.adapters:
+                self._scheduler.placements.place(worker.hello.model.id)
+
+    async def _write(self, worker: Worker, awake: asyncio.Event, context: RpcContext) -> None:
+        """Tells a worker what gathers for it; the first look is for what an earlier link could not tell."""
+        while True:
+            awake.clear()
+            message = self._next(worker)
+            if message is None:
+                await awake.wait()
+            else:
+                await context.write(message)
+
+    def _next(self, worker: Worker) -> pb.FleetResponse | None:
+        shelf = self._scheduler.residency.shelf(worker)
+        if not (worker.revoked or worker.snapshot_due or shelf.loads or shelf.drops):
+            return None
+        leases = worker.revoked[:_MAX_LEASES]
+        message = pb.FleetResponse(
+            revoked_leases=leases,
+            kv_snapshot=worker.snapshot_due,
+            load_adapters=[pb.LoadAdapter(digest=digest, artifact=artifact) for digest, artifact in shelf.loads],
+            drop_adapters=shelf.drops,
+        )
+        worker.snapshot_due = False
+        del worker.revoked[: len(leases)]
+        shelf.loads, shelf.drops = [], []
+        return message
 
     def _take_delta(self, worker: Worker, kv: pb.KvDelta) -> None:
         delta = Delta(kv.seq, kv.snapshot, kv.added, kv.removed)
@@ -128,20 +160,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             placements=len(worker.placements),
             draining=worker.draining,
             kv_granules=self._scheduler.index.size(boot_of(worker.hello)),
+            adapters=sorted(self._scheduler.residency.shelf(worker).held),
         )
-
-
-async def _write(worker: Worker, awake: asyncio.Event, context: RpcContext) -> None:
-    """Tells a worker what gathers for it; the first look is for what an earlier link could not tell."""
-    while True:
-        awake.clear()
-        if worker.revoked or worker.snapshot_due:
-            leases = worker.revoked[:_MAX_LEASES]
-            snapshot, worker.snapshot_due = worker.snapshot_due, False
-            await context.write(pb.FleetResponse(revoked_leases=leases, kv_snapshot=snapshot))
-            del worker.revoked[: len(leases)]
-        else:
-            await awake.wait()
 
 
 def _full(hello: pb.WorkerHello) -> bool:
@@ -171,6 +191,7 @@ def _hello(hello: pb.WorkerHello) -> Hello:
         max_step_tokens=hello.capacity.max_step_tokens,
         kv_blocks=hello.capacity.kv_blocks,
         device=hello.device,
+        adapters=tuple(hello.adapters),
         held=tuple(Held(request_id=h.request_id, lease=h.lease, sequences=h.sequences) for h in hello.held),
     )
 

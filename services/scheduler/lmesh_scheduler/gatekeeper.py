@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from lmesh_scheduler import errors
+from lmesh_scheduler.adapters.registry import AdapterRegistry
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Fleet
 from lmesh_scheduler.gateways import Gateway, Refused
@@ -29,12 +30,13 @@ class Gatekeeper:
         placements: Placements,
         shares: Shares,
         limits: Limits,
+        adapters: AdapterRegistry,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._requests, self._fleet, self._placements = requests, fleet, placements
-        self._shares, self._limits = shares, limits
+        self._shares, self._limits, self._adapters = shares, limits, adapters
         self._clock, self._wall = clock, wall
         self.draining = False
 
@@ -53,6 +55,9 @@ class Gatekeeper:
         if self.abandoned(model):
             known = ", ".join(e.model.id for e in self._fleet.catalog()) or "none"
             return Refused(request_id, errors.MODEL_NOT_FOUND, f"no worker serves {model!r}; served: {known}", 0)
+        if submission.adapter and not self._adapters.allows(tenant, model, submission.adapter):
+            message = f"no adapter of content {submission.adapter[:12]} is published for {model}"
+            return Refused(request_id, errors.ADAPTER_NOT_FOUND, message, 0)
         queued, live = self._placements.waiting_of(tenant), self._shares.live(tenant)
         fault = self._limits.fault(tenant, queued=queued, live=live)
         return None if fault is None else Refused(request_id, fault.reason, fault.message, fault.retry_after_ms)

@@ -28,6 +28,7 @@ class WorkerView:
     max_seqs: int  # of one step
     max_step_tokens: int  # of one step
     kv_used: float  # share of its KV blocks held by live sequences
+    holds_adapter: bool = True  # that of this request, if it has one
     cached_tokens: int = 0  # of this request's prompt, held there or about to be
 
 
@@ -40,7 +41,8 @@ def place(request: RequestView, workers: Iterable[WorkerView]) -> str | None:
     one goes to an idle worker (docs/decisions/0004). Then fewer KV blocks held, then the id, so the answer is the same
     for the same views in any order. A request with more choices than a worker ever takes goes to an idle one.
     """
-    fitting = [w for w in workers if w.model == request.model and w.placeable and _has_room(w, request)]
+    able = [w for w in workers if w.model == request.model and w.placeable and w.holds_adapter]
+    fitting = [w for w in able if _has_room(w, request)]
     best = min(fitting, key=lambda w: (_cost(request, w), w.kv_used, w.id), default=None)
     return None if best is None else best.id
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lmesh_scheduler.adapters.residency import Residency
 from lmesh_scheduler.admission import AdmissionQueue
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.fleet import Fleet, Worker
@@ -26,11 +27,12 @@ class Placements:
         clock: Callable[[], float],
         index: PrefixIndex,
         shares: Shares,
+        residency: Residency,
         eligible: Callable[[Request], bool],
         grant: Callable[[Request, Worker], None],
     ) -> None:
         self._settings, self._fleet, self._clock, self._index = settings, fleet, clock, index
-        self._shares = shares
+        self._shares, self._residency = shares, residency
         # With several tenants a worker gets no more than it can run at once: what waits, waits here, where it is fair.
         self._slots_factor = min(1.0, settings.slots_factor) if shares.shared else settings.slots_factor
         self._eligible, self._grant = eligible, grant
@@ -86,18 +88,19 @@ class Placements:
         if self._fleet.gathering(model):
             return
         queue = self._queues.get(model)
-        blocked: set[str] = set()  # tenants whose next request finds no room, though another's may
+        # Tenants whose next request of an adapter (or none) finds no room, though another's may.
+        blocked: set[tuple[str, str]] = set()
         while queue is not None and (request := queue.next(lambda r: self._next(r, blocked))) is not None:
             worker = self._choose(request)
             if worker is None:
-                blocked.add(request.submission.tenant)
+                blocked.add(_kind(request))
                 continue
             queue.take(request)
             self._lease(request, worker)
             self._grant(request, worker)
 
-    def _next(self, request: Request, blocked: set[str]) -> bool:
-        return request.submission.tenant not in blocked and self._eligible(request)
+    def _next(self, request: Request, blocked: set[tuple[str, str]]) -> bool:
+        return _kind(request) not in blocked and self._eligible(request)
 
     def _choose(self, request: Request) -> Worker | None:
         model = request.submission.model
@@ -111,13 +114,16 @@ class Placements:
             reserve=self._settings.reserved_slots if self._shares.yields(request.submission.tenant) else 0,
         )
         worker_id = place(view, (self._view(w, request) for w in workers))
+        if worker_id is None and request.submission.adapter:
+            self._residency.want(model, request.submission.adapter)
         return None if worker_id is None else self._fleet.find(worker_id)
 
     def _view(self, worker: Worker, request: Request) -> WorkerView:
         model = worker.hello.model
         found = self._index.leading(boot_of(worker.hello), request.granules or ())
         cached = found * model.kv_granule_blocks * model.block_size
-        return replace(worker.view(self._slots_factor), cached_tokens=cached)
+        holds = self._residency.holds(worker, request.submission.adapter)
+        return replace(worker.view(self._slots_factor), holds_adapter=holds, cached_tokens=cached)
 
     def _lease(self, request: Request, worker: Worker) -> None:
         self.made += 1
@@ -126,4 +132,9 @@ class Placements:
         request.placements += 1
         request.worker_id, request.epoch = worker.hello.worker_id, worker.hello.epoch
         worker.give(request.id, request.submission.n)
+        self._residency.used(worker, request.submission.adapter)
         self._shares.charge(request)
+
+
+def _kind(request: Request) -> tuple[str, str]:
+    return request.submission.tenant, request.submission.adapter

@@ -144,6 +144,7 @@ def granules_of(submission: Submission, model: ModelDescriptor) -> list[bytes]:
         weights_version=model.weights_version,
         cache_salt=submission.cache_salt,
         kv_format=model.kv_format,
+        adapter_digest=submission.adapter,
     )
     ids = submission.prompt_ids[:MOST_TOKENS]
     return granule_hashes(root, ids, block_size=model.block_size, granule=model.kv_granule_blocks)

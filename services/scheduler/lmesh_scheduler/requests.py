@@ -64,6 +64,7 @@ class Submission:
     priority: int = 0
     traceparent: str = ""
     cache_salt: str = ""
+    adapter: str = ""  # content digest of the adapter that it runs with
     delivered_tokens: int = 0  # new tokens of an earlier placement, here or under an earlier scheduler
 
 

@@ -6,10 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from lmesh_chassis import tracing
 from lmesh_chassis.tenants import Tenant
 
-from lmesh_scheduler import errors
+from lmesh_scheduler import errors, queue_span
+from lmesh_scheduler.adapters.registry import AdapterRegistry
+from lmesh_scheduler.adapters.residency import Residency
 from lmesh_scheduler.admission import QueueFullError
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.deadlines import Deadlines
@@ -55,6 +56,9 @@ class Scheduler:
         self.fleet = Fleet(
             lease_ttl_s=settings.lease_ttl_s, alive_s=2 * settings.heartbeat_interval_s, clock=clock, wall=wall
         )
+        inherited = inherited or Inheritance()
+        self.adapters = AdapterRegistry(inherited.adapters)
+        self.residency = Residency(self.adapters, self.fleet, clock=clock, in_use=self._adapters_in_use)
         self.index = PrefixIndex(clock)
         self.shares, self.limits = Shares(tenants or {}), Limits(tenants or {}, clock)
         self.gateways = Gateways(grace_s=settings.gateway_grace_s, lost_s=settings.gateway_lost_s, clock=clock)
@@ -65,6 +69,7 @@ class Scheduler:
             clock=clock,
             index=self.index,
             shares=self.shares,
+            residency=self.residency,
             eligible=self._owner_listens,
             grant=self._granted,
         )
@@ -76,6 +81,7 @@ class Scheduler:
             placements=self.placements,
             shares=self.shares,
             limits=self.limits,
+            adapters=self.adapters,
             clock=clock,
             wall=wall,
         )
@@ -91,7 +97,6 @@ class Scheduler:
             tell=self._tell_owner,
             end=self._end,
         )
-        inherited = inherited or Inheritance()
         self.fleet.expect({worker_id: model for (worker_id, _), model in inherited.fleet.items()})
         for boot, hashes in inherited.index.items():
             self.index.restore(boot, hashes)
@@ -147,11 +152,7 @@ class Scheduler:
         self.shares.enter(submission.tenant)
         self.limits.admitted(submission.tenant, request.prompt_tokens)
         self._deadlines.add(request)
-        request.span = tracing.start_span(
-            tracing.SCHEDULER_QUEUE,
-            traceparent=submission.traceparent,
-            attributes={"lmesh.request_id": request.id, "lmesh.model": submission.model},
-        )
+        queue_span.begin(request)
         gateway.tell(Queued(request.id, position))
         self.placements.place(submission.model)
         return None
@@ -246,8 +247,9 @@ class Scheduler:
             self.failover.replace_all(replaced, errors.WORKER_LOST)
             self.index.left(boot_of(replaced.hello))
         self.index.joined(boot_of(hello))
+        self.residency.joined(worker, hello.adapters)
         self.failover.joined(worker)
-        self._catalog_changed()
+        self.catalog_changed()
         self.placements.place(hello.model.id)
         return worker
 
@@ -267,6 +269,10 @@ class Scheduler:
         worker.draining = worker.draining or draining
         self.placements.place(worker.hello.model.id)
 
+    def _adapters_in_use(self, worker: Worker) -> set[str]:
+        placed = (self.requests.find(request_id) for request_id in worker.placements)
+        return {request.submission.adapter for request in placed if request is not None}
+
     def worker_unlinked(self, worker: Worker) -> None:
         """A Fleet link ended: a drained worker is gone, another has until its lease lapses to come back."""
         worker.linked = False
@@ -283,14 +289,15 @@ class Scheduler:
         extra = {"worker_id": worker.hello.worker_id, "epoch": worker.hello.epoch, "placements": len(worker.placements)}
         log.log(level, "worker left" if level == logging.INFO else "worker lost", extra=extra)
         self.failover.replace_all(worker, errors.WORKER_LOST)
-        self._catalog_changed()
+        self.catalog_changed()
         self.placements.place(worker.hello.model.id)
 
     def _revoke(self, request: Request, reason: str) -> None:
         self._end(request, State.FAILED, reason)
         self._tell_owner(request, Revoked(request.id, request.lease, reason))
 
-    def _catalog_changed(self) -> None:
+    def catalog_changed(self) -> None:
+        """Models or adapters came or went."""
         for gateway in self.gateways.all():
             gateway.tell_catalog()
 
@@ -303,7 +310,7 @@ class Scheduler:
 
     def _granted(self, request: Request, worker: Worker) -> None:
         self.requests.move(request, State.PLACED, {"worker_id": worker.hello.worker_id})
-        self._end_span(request, "placed")
+        queue_span.end(request, "placed")
         self._tell_owner(request, placed(request, worker))
 
     def _end(self, request: Request, state: State, reason: str) -> None:
@@ -312,7 +319,7 @@ class Scheduler:
         if request.live:
             request.reason = reason
         self.requests.move(request, state, {"reason": reason} if reason else {})
-        self._end_span(request, state.value.lower())
+        queue_span.end(request, state.value.lower())
         self.shares.leave(request)
         if was_queued:
             self.placements.withdraw(request)
@@ -323,12 +330,6 @@ class Scheduler:
             worker.take_back(request.id)
             self._leave_if_drained(worker)
             self.placements.place(request.submission.model)
-
-    def _end_span(self, request: Request, outcome: str) -> None:
-        if request.span is not None:
-            request.span.set_attributes({"lmesh.outcome": outcome, "lmesh.worker_id": request.worker_id})
-            request.span.end()
-            request.span = None
 
     def _tell_owner(self, request: Request, event: Event) -> None:
         gateway = self.gateways.find(request.gateway_id)
@@ -347,12 +348,13 @@ class Scheduler:
             self._drop_requests_of(gateway, LIVE)
         self.failover.tick()
         self.orphans.tick()
+        self.residency.tick()
         if not self._settled:
             for model in self.placements.models():
                 self.placements.place(model)
         if self.fleet.settled and not self._settled:
             self._settled = True
-            self._catalog_changed()
+            self.catalog_changed()
             for boot in self.index.boots():
                 if self.fleet.find(*boot) is None:
                     self.index.left(boot)
@@ -361,6 +363,9 @@ class Scheduler:
         for model in self.placements.models():
             if self.gatekeeper.abandoned(model):
                 self._revoke_waiting(model, errors.WORKER_LOST)
+            for request in [r for r in self.placements.waiting(model) if r.submission.adapter]:
+                if (fault := self.residency.hopeless(model, request.submission.adapter)) is not None:
+                    self._revoke(request, fault.reason)
 
     def _expire(self, request: Request) -> None:
         queued = request.state is State.QUEUED

@@ -1,0 +1,1 @@
+"""Published adapters: which there are, and which worker holds which."""
