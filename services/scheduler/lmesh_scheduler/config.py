@@ -27,6 +27,8 @@ class SchedulerSettings(ChassisSettings):
     ended_kept: int = 10_000  # ended requests that are answered from memory; older ones from Redis
     record_ttl_s: float = 3600.0  # how long Redis keeps an ended request
     live_record_ttl_s: float = 86_400.0
+    job_attempts: int = 5  # of one job: one whose trainer is lost this often is FAILED
+    job_ttl_s: float = 30 * 86_400.0  # how long Redis keeps an ended job and its events
     journal_limit: int = 100_000  # requests whose last state waits for Redis
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class SchedulerSettings(ChassisSettings):
             raise ValueError("gateway_lost_s must not be shorter than gateway_grace_s")
         if self.reserved_slots < 0:
             raise ValueError("reserved_slots must not be negative")
-        if self.max_placements < 1:
-            raise ValueError("max_placements must be at least 1")
+        if self.max_placements < 1 or self.job_attempts < 1:
+            raise ValueError("max_placements and job_attempts must be at least 1")
         if self.slots_factor <= 0 or self.max_queue < 1 or self.journal_limit < 1 or self.ended_kept < 0:
             raise ValueError("slots_factor, max_queue and journal_limit must be positive")

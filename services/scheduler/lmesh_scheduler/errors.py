@@ -65,3 +65,95 @@ class SlowLinkError(ServiceError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "SLOW_CONSUMER"
+
+
+class TrainerIdInUseError(ServiceError):
+    """Another live trainer has this id."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "TRAINER_ID_IN_USE"
+
+
+class JobNotFoundError(ServiceError):
+    """The caller has no job of that id."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "JOB_NOT_FOUND"
+
+
+class JobExistsError(ServiceError):
+    """That id is another job's."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "JOB_EXISTS"
+
+
+class JobStateError(ServiceError):
+    """The job's state does not have that change."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "JOB_STATE"
+
+
+class JobRefusedError(ServiceError):
+    """A trainer cannot do it; `refused` gives the error its own reason."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "JOB_REFUSED"
+
+
+def refused(reason: str, message: str, field: str | None = None) -> JobRefusedError:
+    """What a trainer says of a job, under the trainer's own reason (reasons belong to classes)."""
+    kind: type[JobRefusedError] = type("JobRefusedError", (JobRefusedError,), {"reason": reason})
+    return kind(message, field=field)
+
+
+class NoTrainerError(ServiceError):
+    """It needs a trainer, and none is free to answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "NO_TRAINER"
+    retryable = True
+
+
+class AdapterNotFoundError(ServiceError):
+    """The caller has no adapter of that name or version."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = ADAPTER_NOT_FOUND
+
+
+class ModelNotServedError(ServiceError):
+    """No worker serves the model that an adapter belongs to."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_NOT_SERVED"
+
+
+class AdapterBaseMismatchError(ServiceError):
+    """The adapter was trained on other weights, or on the same under another quantisation."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_BASE_MISMATCH"
+
+
+class AdapterRefusedError(ServiceError):
+    """No worker could load the adapter; metadata `worker_reason` is theirs."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_REFUSED"
+
+
+class RegistryUnavailableError(ServiceError):
+    """Redis does not answer, and what is published must outlive this process."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "REGISTRY_UNAVAILABLE"
+    retryable = True
+
+
+class ElsewhereError(ServiceError):
+    """Another service does that."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "ELSEWHERE"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
+from typing import Any
 
-from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc
+from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc, trainers_pb2_grpc
+from lmesh.training.v1 import training_pb2_grpc
 from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis import tls
 from lmesh_chassis.lifecycle import Shutdown
@@ -30,11 +33,15 @@ from lmesh_scheduler.orphan_store import OrphanStore
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.scripts import FencedError, next_incarnation
 from lmesh_scheduler.tenant_store import TenantStore
+from lmesh_scheduler.training import servicer as training_servicer
+from lmesh_scheduler.training import trainers_servicer
+from lmesh_scheduler.training.office import Office
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 FLEET_WRITE_S = 1.0
+JOBS_WRITE_S = 0.1
 FLUSH_S = 5.0
 LINKS_END_S = 2.0
 
@@ -73,6 +80,11 @@ class SchedulerService:
         self._fleet = fleet_servicer.FleetServicer(
             self.scheduler, settings, clock=time.monotonic, journal_ok=lambda: self._journal.ok
         )
+        self.office = Office(settings, redis, self.scheduler, jobs=inherited.jobs if inherited else ())
+        self._training = training_servicer.TrainingServicer(self.office)
+        self._trainers = trainers_servicer.TrainersServicer(
+            self.office.desk, self.office.queries, settings, incarnation=incarnation
+        )
         self.server = self._build_server()
 
     def _build_server(self) -> GrpcServer:
@@ -83,6 +95,10 @@ class SchedulerService:
         add_dispatch = dispatch_pb2_grpc.add_DispatchServiceServicer_to_server
         server.add(add_dispatch, self._dispatch, dispatch_servicer.SERVICE_NAME)
         server.add(fleet_pb2_grpc.add_FleetServiceServicer_to_server, self._fleet, fleet_servicer.SERVICE_NAME)
+        add_trainers = trainers_pb2_grpc.add_TrainerServiceServicer_to_server
+        server.add(add_trainers, self._trainers, trainers_servicer.SERVICE_NAME)
+        add_training = training_pb2_grpc.add_TrainingServiceServicer_to_server
+        server.add(add_training, self._training, training_servicer.SERVICE_NAME)
         return server
 
     async def run(self, shutdown: Shutdown) -> int:
@@ -114,7 +130,7 @@ class SchedulerService:
             await self._tenant_store.read()
         except (RedisError, OSError) as error:
             self._journal.heard(False, str(error))
-        work = [asyncio.create_task(w) for w in (self._journal.run(), self._tick(), self._write_fleet())]
+        work = [asyncio.create_task(w) for w in self._work()]
         asked = asyncio.create_task(shutdown.wait())
         leaving: asyncio.Task[None] | None = None
         try:
@@ -136,6 +152,9 @@ class SchedulerService:
             return 1
         return 0
 
+    def _work(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._journal.run(), self._tick(), self._write_fleet(), self._write_jobs()]
+
     async def _metrics_page(self) -> chassis_metrics.MetricsServer | None:
         settings = self._settings
         if not settings.metrics_port:
@@ -156,6 +175,7 @@ class SchedulerService:
         while True:
             await asyncio.sleep(TICK_S)
             self.scheduler.tick()
+            self.office.desk.tick()
 
     async def _write_fleet(self) -> None:
         while True:
@@ -170,6 +190,14 @@ class SchedulerService:
             else:
                 self._journal.heard(True)
 
+    async def _write_jobs(self) -> None:
+        while True:
+            await asyncio.sleep(JOBS_WRITE_S)
+            try:
+                await self.office.store.write()
+            except (RedisError, OSError) as error:
+                self._journal.heard(False, str(error))
+
     async def _drain(self) -> None:
         """Nothing new; live requests end while the links stay up; then the links end, and the server."""
         self.scheduler.drain()
@@ -182,6 +210,14 @@ class SchedulerService:
         self.scheduler.revoke_queued()
         self._dispatch.close()
         self._fleet.close()
+        self._trainers.close()
+        self._training.close()
+        await self.office.close()
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self.office.store.write()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._journal.heard(False, str(error))
         await self.server.drain(LINKS_END_S)
 
 
