@@ -100,6 +100,10 @@ class SimEngine:
             yield report  # type: ignore[misc]
         raise EngineFailedError(ENGINE_DIED, "the engine was ended by signal 9")
 
+    async def load_adapter(self, digest: str, folder: str) -> m.AdapterLoaded:
+        """Holds whatever it is told to."""
+        return m.AdapterLoaded(digest)
+
     async def stop(self, timeout_s: float) -> None:
         self.kill()
 

@@ -11,7 +11,7 @@ from lmesh.scheduler.v1 import dispatch_pb2 as pb
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, model_pb2
 from redis.exceptions import RedisError
 
-from lmesh_scheduler.catalog import catalog, timestamp
+from lmesh_scheduler.catalog_wire import catalog, timestamp
 from lmesh_scheduler.errors import HelloRequiredError, JournalUnavailableError, RequestNotFoundError, SlowLinkError
 from lmesh_scheduler.failover import Leg
 from lmesh_scheduler.gateways import Event, Expired, Gateway, Placed, Queued, Refused, Revoked

@@ -7,28 +7,21 @@ import logging
 import time
 from collections.abc import Iterable
 
-from lmesh.scheduler.v1 import trainers_pb2
-from lmesh.training.v1 import training_pb2 as pb
 from lmesh_chassis.errors import ServiceError
 from redis.asyncio import Redis
 
-from lmesh_scheduler.adapters.publishing import Offer, Publisher, base_digest_of
+from lmesh_scheduler.adapters.publishing import Offer, Publisher
 from lmesh_scheduler.adapters.registry import AdapterRegistry, Published
 from lmesh_scheduler.adapters.store import AdapterStore
 from lmesh_scheduler.config import SchedulerSettings
-from lmesh_scheduler.errors import refused
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.training.desk import TrainingDesk
 from lmesh_scheduler.training.jobs import Job
-from lmesh_scheduler.training.messages import order_spec, published_event, state_event
-from lmesh_scheduler.training.queries import Queries
+from lmesh_scheduler.training.query_link import Queries
 from lmesh_scheduler.training.store import JobStore
+from lmesh_scheduler.training.wire import order_spec, published_event, state_event
 
 log = logging.getLogger(__name__)
-
-VALIDATE_S = 600.0
-EXPORT_S = 3600.0
-INSPECT_S = 120.0
 
 
 class Office:
@@ -55,7 +48,7 @@ class Office:
             jobs=jobs,
         )
         self.store.written = self.desk.written
-        self.queries = Queries(self.desk.trainers)
+        self.queries = Queries(self.desk.trainers, source_of=self._source)
         self._publishing: set[asyncio.Task[None]] = set()
 
     @property
@@ -103,48 +96,6 @@ class Office:
             self.desk.not_published(job, "INTERNAL", type(error).__name__)
         else:
             self.desk.published(job, published_event(entry, self.holders(entry)))
-
-    async def validate(self, spec: pb.JobSpec) -> pb.ValidateJobResponse:
-        """A dry run on a trainer. Raises JobRefusedError with its reason, or NoTrainerError."""
-        resolved = pb.JobSpec()
-        resolved.CopyFrom(spec)
-        resolved.model = self._source(spec.model)
-        answer = await self._ask(trainers_pb2.Query(validate=resolved), VALIDATE_S)
-        return answer.validated
-
-    async def inspect(self, artifact: str) -> pb.Made:
-        """What an uploaded adapter is. Raises JobRefusedError or NoTrainerError."""
-        return (await self._ask(trainers_pb2.Query(inspect_artifact=artifact), INSPECT_S)).inspected
-
-    async def export_job(self, job: Job, form: str, dtype: str) -> pb.ExportResponse:
-        """What a job made, in another form. Raises JobRefusedError or NoTrainerError."""
-        order = self._order(job.source, base_digest_of(job.manifest), form, dtype)
-        if job.adapter_digest:
-            order.adapter_artifact = job.artifact
-        else:
-            order.model_artifact = job.artifact
-        return (await self._ask(trainers_pb2.Query(export=order), EXPORT_S)).exported
-
-    async def export_adapter(self, entry: Published, form: str, dtype: str) -> pb.ExportResponse:
-        """A published adapter, in another form. Raises JobRefusedError or NoTrainerError."""
-        order = self._order(self._source(entry.model), entry.base_digest, form, dtype)
-        order.adapter_artifact = entry.artifact
-        return (await self._ask(trainers_pb2.Query(export=order), EXPORT_S)).exported
-
-    @staticmethod
-    def _order(source: str, base_digest: str, form: str, dtype: str) -> trainers_pb2.ExportOrder:
-        quantisation = base_digest.partition("+")[2]
-        return trainers_pb2.ExportOrder(model=source, quantisation=quantisation, format=form, dtype=dtype)
-
-    async def _ask(self, query: trainers_pb2.Query, timeout_s: float) -> trainers_pb2.Answer:
-        def body(number: int) -> bytes:
-            query.query_id = number
-            return query.SerializeToString()
-
-        answer = trainers_pb2.Answer.FromString(await self.queries.ask(body, timeout_s))
-        if answer.HasField("failure"):
-            raise refused(answer.failure.reason, answer.failure.message)
-        return answer
 
     async def close(self) -> None:
         """Gives up publications; their trainers say again that their jobs are done."""

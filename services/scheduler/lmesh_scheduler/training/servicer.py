@@ -24,8 +24,8 @@ from lmesh_scheduler.errors import (
     RegistryUnavailableError,
 )
 from lmesh_scheduler.training.jobs import Job, JobState, JobTransitionError, StoredEvent, Wish
-from lmesh_scheduler.training.messages import adapter_message, event_message, job_message
 from lmesh_scheduler.training.office import Office
+from lmesh_scheduler.training.wire import adapter_message, event_message, job_message
 
 SERVICE_NAME = "lmesh.training.v1.TrainingService"
 TENANT = "x-lmesh-tenant"  # set by gateways, which let no client's through
@@ -69,7 +69,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def ValidateJob(self, request: pb.ValidateJobRequest, context: RpcContext) -> pb.ValidateJobResponse:
         """See the proto."""
         _check_spec(request.spec)
-        return await self._office.validate(request.spec)
+        return await self._office.queries.validate(request.spec)
 
     async def GetJob(self, request: pb.GetJobRequest, context: RpcContext) -> pb.GetJobResponse:
         """See the proto."""
@@ -195,7 +195,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             raise InvalidArgumentError("source: set job_id or artifact", field="source")
         if not request.model:
             raise InvalidArgumentError("model: name the model that it belongs to", field="model")
-        made = await self._office.inspect(request.artifact)
+        made = await self._office.queries.inspect(request.artifact)
         return Offer(
             tenant=tenant,
             model=request.model,
@@ -217,12 +217,12 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             job = self._job(request.job_id, context)
             if job.state is not JobState.COMPLETED and not job.artifact:
                 raise JobStateError(f"job {job.id} has made nothing: {job.state.value}", field="job_id")
-            return await self._office.export_job(job, request.format, request.dtype)
+            return await self._office.queries.export_job(job, request.format, request.dtype)
         tenant = _tenant(context)
         found = [e for e in self._office.adapters.with_digest(request.adapter_digest) if e.tenant == tenant]
         if not found:
             raise AdapterNotFoundError("no adapter of that content is published", field="adapter_digest")
-        return await self._office.export_adapter(found[0], request.format, request.dtype)
+        return await self._office.queries.export_adapter(found[0], request.format, request.dtype)
 
     async def Upload(self, request_iterator: object, context: RpcContext) -> pb.UploadResponse:
         """Gateways do that themselves."""

@@ -12,9 +12,9 @@ from lmesh.scheduler.v1 import trainers_pb2_grpc
 from lmesh_scheduler.config import SchedulerSettings
 from lmesh_scheduler.errors import HelloRequiredError, TrainerIdInUseError
 from lmesh_scheduler.training.desk import TrainingDesk
-from lmesh_scheduler.training.messages import hello_of, join_response, report_of
-from lmesh_scheduler.training.queries import Queries
+from lmesh_scheduler.training.query_link import Queries
 from lmesh_scheduler.training.trainers import Trainer
+from lmesh_scheduler.training.wire import hello_of, join_response, report_of
 
 SERVICE_NAME = "lmesh.scheduler.v1.TrainerService"
 _BATCH = 64  # orders, acknowledgements and the like of one message

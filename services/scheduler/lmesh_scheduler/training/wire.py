@@ -7,7 +7,7 @@ from lmesh.scheduler.v1 import trainers_pb2
 from lmesh.training.v1 import training_pb2 as pb
 
 from lmesh_scheduler.adapters.registry import Published
-from lmesh_scheduler.catalog import timestamp
+from lmesh_scheduler.catalog_wire import timestamp
 from lmesh_scheduler.training.desk import Ended, Made, Report
 from lmesh_scheduler.training.jobs import LIVE, Job, JobState, StoredEvent
 from lmesh_scheduler.training.trainers import Ack, Order, Query, RunAsk, Told, TrainerHello
