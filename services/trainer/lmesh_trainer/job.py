@@ -29,7 +29,8 @@ from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
-from lmesh_trainer.manifest import data_digest, make_manifest, start_digest, write_manifest
+from lmesh_trainer.manifest import data_digest, make_manifest, start_digest
+from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser

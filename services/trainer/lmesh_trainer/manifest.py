@@ -1,4 +1,4 @@
-"""lmesh_manifest.json: what a published folder was made of, and how to use it; no part of an adapter's digest."""
+"""What a published folder was made of and how to use it, for its manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from lmesh_kernels.text.digests import base_digest, file_digest, is_quantised, text_digest
@@ -15,12 +14,11 @@ from lmesh_kernels.text.resolve import ModelFiles
 
 from lmesh_trainer.checkpoint import Progress
 from lmesh_trainer.data.dataset import Dataset
+from lmesh_trainer.manifest_file import Manifest
 from lmesh_trainer.spec import JobSpec
 
-MANIFEST = "lmesh_manifest.json"
 _FORMAT = "lmesh-manifest-v1"
 _GENERATION_FILE = "generation_config.json"
-Manifest = dict[str, Any]  # JSON
 
 
 def data_digest(dataset: Dataset) -> str:
@@ -64,21 +62,6 @@ def make_manifest(spec: JobSpec, files: ModelFiles, dataset: Dataset, progress: 
         "final_loss": progress.last_loss,
         "best_eval_loss": progress.best_eval_loss,
     }
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it into a folder that is about to be published."""
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-
-
-def read_manifest(folder: Path) -> str:
-    """A folder's manifest as text; empty where it has none, or one that is no JSON."""
-    try:
-        text = (folder / MANIFEST).read_text()
-        json.loads(text)
-    except (OSError, ValueError):
-        return ""
-    return text
 
 
 def _recipe(spec: JobSpec) -> Manifest:
