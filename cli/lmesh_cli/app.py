@@ -42,6 +42,7 @@ def up(
         typer.Option(help="id=source, or source: a folder, a .gguf file, hub:owner/name, a short name. Repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers of each model.")] = 1,
+    trainers: Annotated[int, typer.Option(min=0, help="Trainer processes; 0 for a mesh that only serves.")] = 1,
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes on the same ports.")] = 1,
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the OpenAI API.")] = HTTP_PORT,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gRPC API.")] = GRPC_PORT,
@@ -52,6 +53,7 @@ def up(
     request = UpRequest(
         models=model or [],
         workers=workers,
+        trainers=trainers,
         gateways=gateways,
         http_port=http_port,
         grpc_port=grpc_port,
