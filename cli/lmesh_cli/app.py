@@ -12,27 +12,47 @@ from typing import Annotated
 
 import typer
 from lmesh_chassis.api_keys import digest_of, draw_key
+from lmesh_chassis.artifacts.errors import ArtifactError
 from rich.console import Console
 
 from lmesh_cli import launch
 from lmesh_cli import status as status_view
 from lmesh_cli.access import AccessError
 from lmesh_cli.chat import Chat, converse, pick_model
+from lmesh_cli.gateway import AddressOption, gateway_address
 from lmesh_cli.launch import LaunchError, UpRequest
 from lmesh_cli.mesh_link import ChatOptions, MeshError
 from lmesh_cli.plan import GRPC_PORT, HTTP_PORT, MeshPlan, PlanError
-from lmesh_cli.ports import HOST, PortTakenError
+from lmesh_cli.ports import PortTakenError
 from lmesh_cli.redis_server import RedisNotFoundError
 from lmesh_cli.run_dir import AlreadyRunningError, MeshState, RunDir
+from lmesh_cli.training import adapters_command, jobs_command
+from lmesh_cli.training.adapter_name import AdapterNameError
+from lmesh_cli.training.export_command import export
+from lmesh_cli.training.job_file import JobFileError
+from lmesh_cli.training.train_command import train
+from lmesh_cli.training.transfers import TransferError
 
 app = typer.Typer(
-    help="Serves language models in one gRPC mesh: gateway, scheduler, workers and Redis on this machine.",
+    help="Serves and trains language models in one gRPC mesh: gateway, scheduler, workers, trainers, Redis.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 _out = Console(soft_wrap=True)
 _notes = Console(stderr=True)
-_EXPECTED = (AccessError, LaunchError, PlanError, PortTakenError, RedisNotFoundError, AlreadyRunningError, MeshError)
+_EXPECTED = (
+    AccessError,
+    AdapterNameError,
+    AlreadyRunningError,
+    ArtifactError,
+    LaunchError,
+    MeshError,
+    PlanError,
+    PortTakenError,
+    RedisNotFoundError,
+    TransferError,
+)
+_BAD_USAGE_STATUS = 2
 
 
 @app.command()
@@ -42,6 +62,7 @@ def up(
         typer.Option(help="id=source, or source: a folder, a .gguf file, hub:owner/name, a short name. Repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers of each model.")] = 1,
+    trainers: Annotated[int, typer.Option(min=0, help="Trainer processes; 0 for a mesh that only serves.")] = 1,
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes on the same ports.")] = 1,
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the OpenAI API.")] = HTTP_PORT,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gRPC API.")] = GRPC_PORT,
@@ -52,6 +73,7 @@ def up(
     request = UpRequest(
         models=model or [],
         workers=workers,
+        trainers=trainers,
         gateways=gateways,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -85,7 +107,9 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @app.command()
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Model id; may be left out when one is served.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model id, or model:adapter; may be left out when one is served.")
+    ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this and leave.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -94,10 +118,10 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
-    address: Annotated[str | None, typer.Option(help="host:port of a gateway's gRPC API.")] = None,
+    address: AddressOption = None,
 ) -> None:
     """Talk to a model. Without -m: a conversation, or, when the input is no terminal, one question read from it."""
-    target = address or _own_gateway()
+    target = gateway_address(address)
     options = ChatOptions(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens)
     talk = Chat(target, pick_model(target, model), options=options, system=system, timeout_s=timeout, notes=_notes)
     if message is None and sys.stdin.isatty():
@@ -124,19 +148,20 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
 
 
+app.command()(train)
+app.command()(export)
+app.add_typer(jobs_command.app, name="jobs")
+app.add_typer(adapters_command.app, name="adapters")
+
+
 def main() -> None:
-    """Entry point: an expected failure is one clear message on stderr and exit status 1."""
+    """Entry point: an expected failure is one clear message on stderr and exit status 1, or 2 for a job file's."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines would land in the middle of an answer
     try:
         app()
-    except _EXPECTED as error:
+    except (*_EXPECTED, JobFileError) as error:
         _notes.print(f"lmesh: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-
-
-def _own_gateway() -> str:
-    state = RunDir().live()
-    return f"{HOST}:{GRPC_PORT}" if state is None else MeshPlan.from_json(state.plan).grpc_address
+        sys.exit(_BAD_USAGE_STATUS if isinstance(error, JobFileError) else 1)
 
 
 def _reader() -> Callable[[str], str]:

@@ -77,18 +77,20 @@ class Chat:
 
 
 def pick_model(address: str, wanted: str | None) -> str:
-    """`wanted`, or the mesh's only model. Raises MeshError when that is not clear, or nobody answers."""
+    """`wanted` (a model, or `model:adapter`), or the only model. Raises MeshError: none fits, or nobody answers."""
     try:
         served = mesh_link.list_models(address)
     except MeshError as error:
         if error.reason != "UNAVAILABLE":
             raise
         raise MeshError("", f"no gateway answers at {address}; `lmesh up` starts one") from error
-    if wanted is not None and wanted not in served:
+    # Whether the adapter is there says the gateway itself: the list need not have its versions.
+    if wanted is not None and wanted.partition(":")[0] not in served:
         raise MeshError("MODEL_NOT_FOUND", f"no model {wanted!r}; served: {', '.join(served) or 'none'}")
-    if wanted is None and len(served) != 1:
-        raise MeshError("", f"say which model: {', '.join(served)}" if served else "no model is served yet")
-    return wanted or served[0]
+    models = [model for model in served if ":" not in model]
+    if wanted is None and len(models) != 1:
+        raise MeshError("", f"say which model: {', '.join(models)}" if models else "no model is served yet")
+    return wanted or models[0]
 
 
 def converse(chat: Chat, notes: Console, read: Callable[[str], str] = input) -> None:

@@ -52,7 +52,7 @@ async def _supervise(run_dir: RunDir, plan: MeshPlan) -> int:
             state.redis["version"] = await redis_server.version(redis.folder)
             _log.info("redis is up", extra={"version": state.redis["version"], "server": str(redis.server)})
 
-    specs = services.build(plan, redis)
+    specs = services.build(plan, redis, artifacts=run_dir.artifacts)
     return await Supervisor(run_dir, specs, plan=plan.to_json(), redis=told, after_stage=after_stage).run()
 
 

@@ -41,6 +41,15 @@ def share_of_machine(
     return [_unset(share, environ) for _ in range(count)]
 
 
+def gpus_for_trainers(
+    count: int, workers: int, environ: Mapping[str, str], gpus: list[str] | None = None
+) -> list[dict[str, str]]:
+    """For each of `count` trainers the GPU that it sees: those that no worker has first; nothing without GPUs."""
+    names = visible_gpus(environ) if gpus is None else gpus
+    # A lone worker sees all, and takes the first.
+    return [{"CUDA_VISIBLE_DEVICES": names[(workers + index) % len(names)]} if names else {} for index in range(count)]
+
+
 def _usable_cores() -> int:
     """Those that this process, and so its workers, may run on: a container or `taskset` may leave it few."""
     affinity = getattr(os, "sched_getaffinity", None)

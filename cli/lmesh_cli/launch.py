@@ -39,12 +39,14 @@ class UpRequest:
     http_port: int
     grpc_port: int
     timeout_s: float
+    trainers: int = 1
 
     def shape(self) -> dict[str, object]:
         """For comparison with `MeshPlan.shape` of what runs."""
         return {
             "models": parse_models(self.models),
             "workers": self.workers,
+            "trainers": self.trainers,
             "gateways": self.gateways,
             "http_port": self.http_port,
             "grpc_port": self.grpc_port,
@@ -77,9 +79,10 @@ def prepare(request: UpRequest, run_dir: RunDir, console: Console) -> MeshPlan:
     asked = parse_models(request.models)
     # The ports before the models: a download is not wanted for a mesh that cannot listen.
     ports = {"http_port": request.http_port, "grpc_port": request.grpc_port}
-    lay_out([], workers=request.workers, gateways=request.gateways, **ports)
+    counts = {"workers": request.workers, "gateways": request.gateways, "trainers": request.trainers}
+    lay_out([], **counts, **ports)
     models = [_find(name, source, console) for name, source in asked.items()]
-    return lay_out(models, workers=request.workers, gateways=request.gateways, **ports)
+    return lay_out(models, **counts, **ports)
 
 
 def foreground(request: UpRequest, run_dir: RunDir, console: Console) -> int:

@@ -16,6 +16,8 @@ from lmesh_cli import access
 
 _PROBE_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 10.0
+# A server that stops cancels its streams.
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _PROGRESS = {
     fleet_pb2.PROGRESS_OK: "ok",
     fleet_pb2.PROGRESS_COMPILING: "compiling",
@@ -26,9 +28,10 @@ _PROGRESS = {
 class MeshError(RuntimeError):
     """A call into the mesh failed; the message is for the person, `reason` is the service's UPPER_SNAKE word."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, lost: bool = False) -> None:
         super().__init__(f"{reason}: {message}" if reason else message)
         self.reason = reason
+        self.lost = lost  # nobody answered, or the connection broke: the same may work in a moment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +119,7 @@ async def served_models(address: str) -> frozenset[str] | None:
 
 def list_models(address: str) -> list[str]:
     """Ids of the models that the gateway at host:port serves. Raises MeshError."""
-    with _channel(address) as channel:
+    with reach(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         answer = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_CALL_TIMEOUT_S, metadata=access.api_key())
     return [model.id for model in answer.models]
@@ -124,7 +127,7 @@ def list_models(address: str) -> list[str]:
 
 def describe_fleet(address: str) -> FleetView:
     """What the scheduler at host:port knows. Raises MeshError."""
-    with _channel(address) as channel:
+    with reach(address) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         answer = stub.DescribeFleet(fleet_pb2.DescribeFleetRequest(), timeout=_CALL_TIMEOUT_S)
     return FleetView(
@@ -151,7 +154,7 @@ def chat(
         ),
         stop=inference_pb2.StopParams(max_tokens=options.max_tokens),
     )
-    with _channel(address) as channel:
+    with reach(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         call = stub.Generate(request, timeout=timeout_s, metadata=access.api_key())
         try:
@@ -197,11 +200,13 @@ def _worker(status: fleet_pb2.WorkerStatus) -> WorkerView:
 
 
 @contextmanager
-def _channel(address: str) -> Iterator[grpc.Channel]:
+def reach(address: str) -> Iterator[grpc.Channel]:
+    """A channel for one piece of work; what fails in it is raised as MeshError."""
     with access.channel(address) as channel:
         try:
             yield channel
         except grpc.RpcError as error:
             remote = from_rpc_error(error)
             reason = remote.reason or remote.code.name
-            raise MeshError(reason, remote.message or f"no answer from {address}") from error
+            lost = remote.code in _LOST
+            raise MeshError(reason, remote.message or f"no answer from {address}", lost=lost) from error

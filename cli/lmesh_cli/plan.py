@@ -12,6 +12,7 @@ from lmesh_cli import ports
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, GRPC_PORT, SCHEDULER_PORT, SCHEDULER_METRICS_PORT, WORKER_METRICS_PORT = 8000, 50051, 50052, 9102, 9103
+TRAINER_METRICS_PORT = 9203
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 Json = dict[str, Any]
@@ -41,10 +42,20 @@ class WorkerPlace:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerPlace:
+    """One trainer process; it takes jobs for any model."""
+
+    id: str
+    port: int
+    metrics_port: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeshPlan:
     """Everything that the supervisor needs to start the services."""
 
     workers: tuple[WorkerPlace, ...]
+    trainers: tuple[TrainerPlace, ...] = ()
     gateways: int
     http_port: int
     grpc_port: int
@@ -77,6 +88,7 @@ class MeshPlan:
         return {
             "models": models,
             "workers": len(self.workers) // max(1, len(models)),
+            "trainers": len(self.trainers),
             "gateways": self.gateways,
             "http_port": self.http_port,
             "grpc_port": self.grpc_port,
@@ -90,7 +102,8 @@ class MeshPlan:
     def from_json(data: Json) -> MeshPlan:
         """The plan that `to_json` wrote."""
         places = tuple(WorkerPlace(**{**w, "model": ModelChoice(**w["model"])}) for w in data["workers"])
-        return MeshPlan(**{**data, "workers": places})
+        trainers = tuple(TrainerPlace(**trainer) for trainer in data["trainers"])
+        return MeshPlan(**{**data, "workers": places, "trainers": trainers})
 
 
 def parse_models(options: Sequence[str]) -> dict[str, str]:
@@ -114,7 +127,9 @@ def derived_id(source: str) -> str:
     return last.removesuffix(".gguf").lower()
 
 
-def lay_out(models: Sequence[ModelChoice], *, workers: int, gateways: int, http_port: int, grpc_port: int) -> MeshPlan:
+def lay_out(
+    models: Sequence[ModelChoice], *, workers: int, gateways: int, http_port: int, grpc_port: int, trainers: int = 0
+) -> MeshPlan:
     """The whole plan, with free ports for what clients do not see.
 
     `workers` is the number of workers of each model. Raises PortTakenError when a public port is taken.
@@ -127,15 +142,24 @@ def lay_out(models: Sequence[ModelChoice], *, workers: int, gateways: int, http_
     public = frozenset({http_port, grpc_port})
     scheduler, metrics = ports.pick(2, preferred=(SCHEDULER_PORT, SCHEDULER_METRICS_PORT), avoid=public)
     avoid = public | {scheduler, metrics}
-    pages = ports.pick(count, preferred=tuple(range(WORKER_METRICS_PORT, WORKER_METRICS_PORT + count)), avoid=avoid)
-    links = ports.pick(count, avoid=avoid | frozenset(pages))
+    wanted = (*range(WORKER_METRICS_PORT, WORKER_METRICS_PORT + count),)
+    pages = ports.pick(count, preferred=wanted, avoid=avoid)
+    avoid |= frozenset(pages)
+    wanted = (*range(TRAINER_METRICS_PORT, TRAINER_METRICS_PORT + trainers),)
+    trainer_pages = ports.pick(trainers, preferred=wanted, avoid=avoid)
+    links = ports.pick(count + trainers, avoid=avoid | frozenset(trainer_pages))
     chosen = [model for model in models for _ in range(workers)]
     places = tuple(
         WorkerPlace(id=f"worker-{index}", model=model, port=links[index], metrics_port=pages[index])
         for index, model in enumerate(chosen)
     )
+    benches = tuple(
+        TrainerPlace(id=f"trainer-{index}", port=links[count + index], metrics_port=page)
+        for index, page in enumerate(trainer_pages)
+    )
     return MeshPlan(
         workers=places,
+        trainers=benches,
         gateways=gateways,
         http_port=http_port,
         grpc_port=grpc_port,

@@ -1,4 +1,4 @@
-"""The run folder of a mesh: its state, logs and sockets; one mesh a folder."""
+"""The run folder of a mesh: its state, logs, sockets and artifacts; one mesh a folder."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class RunDir:
     def __init__(self, path: Path | None = None) -> None:
         self.path = (path or default_path()).absolute()
         self.logs = self.path / "logs"
+        self.artifacts = self.path / "artifacts"  # datasets, checkpoints, adapters, exports: outlives the mesh
         self._state = self.path / "state.json"
 
     def create(self) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from lmesh_kernels.text.resolve import cache_folder
 
 from lmesh_cli import probes, redis_server
-from lmesh_cli.devices import share_of_machine
-from lmesh_cli.plan import MeshPlan, WorkerPlace
+from lmesh_cli.devices import gpus_for_trainers, share_of_machine
+from lmesh_cli.plan import MeshPlan, TrainerPlace, WorkerPlace
 from lmesh_cli.ports import HOST
 from lmesh_cli.probes import Probe
 
@@ -20,6 +20,7 @@ from lmesh_cli.probes import Probe
 STOP_TIMEOUT_S = 40.0
 _JOURNAL = "LMESH_SCHEDULER_REDIS_URL"
 _LEDGER = "LMESH_GATEWAY_REDIS_URL"
+_ARTIFACTS = ("LMESH_GATEWAY_ARTIFACTS", "LMESH_WORKER_ARTIFACTS", "LMESH_TRAINER_ARTIFACTS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +50,23 @@ def wants_embedded_redis(environ: Mapping[str, str]) -> bool:
     return not environ.get(_JOURNAL)
 
 
-def build(plan: MeshPlan, redis: EmbeddedRedis | None, environ: Mapping[str, str] | None = None) -> list[ServiceSpec]:
-    """All services of the plan. What the user set in LMESH_* variables wins over the launcher's choices of tuning."""
+def build(
+    plan: MeshPlan, redis: EmbeddedRedis | None, environ: Mapping[str, str] | None = None, *, artifacts: Path
+) -> list[ServiceSpec]:
+    """All services of the plan. What the user set in LMESH_* variables wins over the launcher's choices of tuning.
+
+    `artifacts` is the folder that gateway, workers and trainers share.
+    """
     env = dict(os.environ if environ is None else environ)
     specs = [] if redis is None else [_redis(redis)]
     url = env[_JOURNAL] if redis is None else redis_server.url(redis.folder)
     specs.append(_scheduler(plan, url))
+    folder = {name: env.get(name, str(artifacts)) for name in _ARTIFACTS}
     shares = share_of_machine(len(plan.workers), env)
-    specs += [_worker(plan, place, share) for place, share in zip(plan.workers, shares, strict=True)]
-    return [*specs, _gateway(plan, env.get(_LEDGER, url))]  # an empty one of the user's: no ledger
+    specs += [_worker(plan, place, share, folder) for place, share in zip(plan.workers, shares, strict=True)]
+    gpus = gpus_for_trainers(len(plan.trainers), len(plan.workers), env)
+    specs += [_trainer(plan, place, gpu, folder) for place, gpu in zip(plan.trainers, gpus, strict=True)]
+    return [*specs, _gateway(plan, env.get(_LEDGER, url), folder)]  # an empty one of the user's: no ledger
 
 
 def _redis(redis: EmbeddedRedis) -> ServiceSpec:
@@ -91,7 +100,7 @@ def _scheduler(plan: MeshPlan, journal: str) -> ServiceSpec:
     )
 
 
-def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str]) -> ServiceSpec:
+def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str], folder: Mapping[str, str]) -> ServiceSpec:
     address = f"{HOST}:{place.port}"
     env = {
         **share,
@@ -102,6 +111,7 @@ def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str]) -> Ser
         "LMESH_WORKER_MODEL": place.model.source,
         "LMESH_WORKER_MODEL_ID": place.model.id,
         "LMESH_WORKER_METRICS_PORT": str(place.metrics_port),
+        "LMESH_WORKER_ARTIFACTS": folder["LMESH_WORKER_ARTIFACTS"],
     }
     return ServiceSpec(
         name=place.id,
@@ -113,13 +123,34 @@ def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str]) -> Ser
     )
 
 
-def _gateway(plan: MeshPlan, ledger: str) -> ServiceSpec:
+def _trainer(plan: MeshPlan, place: TrainerPlace, gpu: Mapping[str, str], folder: Mapping[str, str]) -> ServiceSpec:
+    address = f"{HOST}:{place.port}"
+    env = {
+        **gpu,
+        "LMESH_TRAINER_ADDRESS": address,
+        "LMESH_TRAINER_SCHEDULER": plan.scheduler_address,
+        "LMESH_TRAINER_ID": place.id,
+        "LMESH_TRAINER_METRICS_PORT": str(place.metrics_port),
+        "LMESH_TRAINER_ARTIFACTS": folder["LMESH_TRAINER_ARTIFACTS"],
+    }
+    return ServiceSpec(
+        name=place.id,
+        argv=_module("lmesh_trainer"),
+        env=_common(env),
+        probe=probes.grpc_health(address),
+        start_stage=1,
+        stop_stage=1,
+    )
+
+
+def _gateway(plan: MeshPlan, ledger: str, folder: Mapping[str, str]) -> ServiceSpec:
     env = {
         _LEDGER: ledger,
         "LMESH_GATEWAY_GRPC_ADDRESS": plan.grpc_address,
         "LMESH_GATEWAY_HTTP_ADDRESS": plan.http_address,
         "LMESH_GATEWAY_SCHEDULER": plan.scheduler_address,
         "LMESH_GATEWAY_PROCESSES": str(plan.gateways),
+        "LMESH_GATEWAY_ARTIFACTS": folder["LMESH_GATEWAY_ARTIFACTS"],
     }
     return ServiceSpec(
         name="gateway",

@@ -29,6 +29,7 @@ def addresses(state: MeshState) -> dict[str, str]:
         "scheduler": plan.scheduler_address,
         "scheduler_metrics": f"http://127.0.0.1:{plan.scheduler_metrics_port}/metrics",
         **{f"{w.id}_metrics": f"http://127.0.0.1:{w.metrics_port}/metrics" for w in plan.workers},
+        **{f"{t.id}_metrics": f"http://127.0.0.1:{t.metrics_port}/metrics" for t in plan.trainers},
     }
 
 

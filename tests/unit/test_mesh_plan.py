@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 from lmesh_cli import log_files, ports, services
-from lmesh_cli.devices import share_of_machine, visible_gpus
+from lmesh_cli.devices import gpus_for_trainers, share_of_machine, visible_gpus
 from lmesh_cli.launch import UpRequest
 from lmesh_cli.plan import MeshPlan, ModelChoice, PlanError, derived_id, lay_out, parse_models
 from lmesh_cli.ports import PortTakenError
 
 SMALL = ModelChoice(id="small", asked="./small", source="/models/small")
 BIG = ModelChoice(id="big", asked="hub:o/big", source="hub:o/big@1")
+ARTIFACTS = Path("/run/mesh/artifacts")
 
 
 def free_port() -> int:
     return ports.pick(1)[0]
 
 
-def plan(*models: ModelChoice, workers: int = 1, gateways: int = 1) -> MeshPlan:
+def plan(*models: ModelChoice, workers: int = 1, gateways: int = 1, trainers: int = 0) -> MeshPlan:
     http, grpc = ports.pick(2)
-    return lay_out(models, workers=workers, gateways=gateways, http_port=http, grpc_port=grpc)
+    return lay_out(models, workers=workers, trainers=trainers, gateways=gateways, http_port=http, grpc_port=grpc)
+
+
+def built(made: MeshPlan, env: dict[str, str]) -> dict[str, services.ServiceSpec]:
+    return {spec.name: spec for spec in services.build(made, None, env, artifacts=ARTIFACTS)}
 
 
 class TestModels:
@@ -79,22 +85,24 @@ class TestPorts:
             lay_out([SMALL], workers=1, gateways=1, http_port=4321, grpc_port=4321)
 
     def test_no_port_comes_twice(self) -> None:
-        made = plan(SMALL, BIG, workers=3)
+        made = plan(SMALL, BIG, workers=3, trainers=2)
         used = [made.http_port, made.grpc_port, made.scheduler_port, made.scheduler_metrics_port]
-        used += [port for worker in made.workers for port in (worker.port, worker.metrics_port)]
-        assert len(set(used)) == len(used) == 4 + 2 * 6
+        places = (*made.workers, *made.trainers)
+        used += [port for place in places for port in (place.port, place.metrics_port)]
+        assert len(set(used)) == len(used) == 4 + 2 * 6 + 2 * 2
 
 
 class TestPlan:
     def test_survives_json(self) -> None:
-        made = plan(SMALL, BIG, workers=2, gateways=3)
+        made = plan(SMALL, BIG, workers=2, gateways=3, trainers=1)
         assert MeshPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
 
     def test_shape_is_what_was_asked_for(self) -> None:
-        made = plan(SMALL, BIG, workers=2, gateways=3)
+        made = plan(SMALL, BIG, workers=2, gateways=3, trainers=2)
         request = UpRequest(
             models=["small=./small", "big=hub:o/big"],
             workers=2,
+            trainers=2,
             gateways=3,
             http_port=made.http_port,
             grpc_port=made.grpc_port,
@@ -103,14 +111,37 @@ class TestPlan:
         assert made.shape() == request.shape()
 
     def test_services(self) -> None:
-        made = plan(SMALL, BIG, workers=2)
-        specs = {s.name: s for s in services.build(made, None, {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})}
-        assert list(specs) == ["scheduler", "worker-0", "worker-1", "worker-2", "worker-3", "gateway"]
+        made = plan(SMALL, BIG, workers=2, trainers=1)
+        specs = built(made, {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})
+        workers = [f"worker-{i}" for i in range(4)]
+        assert list(specs) == ["scheduler", *workers, "trainer-0", "gateway"]
         assert specs["scheduler"].env["LMESH_SCHEDULER_REDIS_URL"] == "redis://mine"
         assert [specs[f"worker-{i}"].env["LMESH_WORKER_MODEL_ID"] for i in range(4)] == ["small"] * 2 + ["big"] * 2
         assert specs["worker-3"].env["LMESH_WORKER_MODEL"] == "hub:o/big@1"
         order = sorted(specs.values(), key=lambda s: s.stop_stage)
         assert order[0].name == "gateway" and order[-1].name == "scheduler"
+
+    def test_trainer(self) -> None:
+        made = plan(SMALL, trainers=2)
+        specs = built(made, {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})
+        second = specs["trainer-1"]
+        assert second.argv[1:] == ("-P", "-m", "lmesh_trainer")
+        assert second.env["LMESH_TRAINER_ADDRESS"] == f"{ports.HOST}:{made.trainers[1].port}"
+        assert second.env["LMESH_TRAINER_METRICS_PORT"] == str(made.trainers[1].metrics_port)
+        assert (second.env["LMESH_TRAINER_ID"], second.env["LMESH_TRAINER_SCHEDULER"]) == (
+            "trainer-1",
+            made.scheduler_address,
+        )
+        assert "trainer-0" not in built(plan(SMALL), {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})
+
+    def test_artifacts_are_shared_and_may_be_elsewhere(self) -> None:
+        names = {"gateway": "LMESH_GATEWAY_ARTIFACTS", "worker-0": "LMESH_WORKER_ARTIFACTS"}
+        names["trainer-0"] = "LMESH_TRAINER_ARTIFACTS"
+        env = {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"}
+        specs = built(plan(SMALL, trainers=1), env)
+        assert {specs[service].env[name] for service, name in names.items()} == {str(ARTIFACTS)}
+        moved = built(plan(SMALL, trainers=1), env | dict.fromkeys(names.values(), "/big"))
+        assert {moved[service].env[name] for service, name in names.items()} == {"/big"}
 
 
 class TestSharing:
@@ -136,6 +167,14 @@ class TestSharing:
         assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["2", "5", "2"]
         assert "LMESH_WORKER_MEMORY_FRACTION" not in shares[1]
         assert shares[0]["LMESH_WORKER_MEMORY_FRACTION"] == shares[2]["LMESH_WORKER_MEMORY_FRACTION"] == "0.450"
+
+    def test_trainers_take_the_gpus_that_no_worker_has(self) -> None:
+        assert gpus_for_trainers(2, 1, {}, gpus=["2", "5", "7"]) == [
+            {"CUDA_VISIBLE_DEVICES": "5"},
+            {"CUDA_VISIBLE_DEVICES": "7"},
+        ]
+        assert gpus_for_trainers(1, 1, {}, gpus=["2"]) == [{"CUDA_VISIBLE_DEVICES": "2"}]
+        assert gpus_for_trainers(1, 1, {}, gpus=[]) == [{}]
 
     def test_what_the_user_set_stays(self) -> None:
         shares = share_of_machine(2, {"LMESH_WORKER_THREADS": "1"}, gpus=[], cores=8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DOMAIN = "lmesh.trainer"
+
 
 class JobError(ValueError):
     """A job that cannot run, or cannot go on; the message says which setting or file, and what would be right."""

@@ -111,4 +111,13 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str = ""
 
 
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job made is in the artifact store. The trainer's server says this, not the job."""
+
+    artifact: str  # of the folder
+    adapter_digest: str  # content digest; empty for a full model
+    manifest: str  # JSON
+
+
 Event = PhaseBegun | DatasetReady | PlanMade | StepDone | Evaluated | CheckpointSaved | Published | Ended
+Reported = Event | Stored

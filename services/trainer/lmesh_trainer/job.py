@@ -29,6 +29,8 @@ from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
+from lmesh_trainer.manifest import data_digest, make_manifest, start_digest
+from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
@@ -93,7 +95,7 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
         report(events.PhaseBegun(phase=events.Phase.FINALIZING))
         loop.take_best()
         if not _ranked() or dist.get_rank() == 0:
-            _publish(spec, folder, subject, report)
+            _publish(spec, folder, files, dataset, subject, loop, report)
     return outcome
 
 
@@ -231,20 +233,28 @@ def _loop(
 
 def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
     """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
-    same = msgspec.structs.replace(spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto")
+    # Another trainer may hold the same files elsewhere: what they hold counts, not where they lie.
+    places = {
+        "model": "",
+        "dataset": msgspec.structs.replace(spec.dataset, source=""),
+        "lora": msgspec.structs.replace(spec.lora, start=start_digest(spec)),
+    }
+    same = msgspec.structs.replace(spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", **places)
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
-    for row in [*dataset.rows, *dataset.eval_rows]:
-        digest.update(row.ids.tobytes() + row.trained)
+    digest.update(data_digest(dataset).encode())
     return digest.hexdigest()
 
 
-def _publish(spec: JobSpec, folder: Path, subject: Subject, report: Report) -> None:
+def _publish(
+    spec: JobSpec, folder: Path, files: ModelFiles, dataset: Dataset, subject: Subject, loop: Loop, report: Report
+) -> None:
     target = folder / ("adapter" if spec.method == "lora" else "model")
     if target.exists():  # of an attempt that died after this point
         shutil.rmtree(target)
     try:
         digest = subject.publish(target)
+        write_manifest(target, make_manifest(spec, files, dataset, loop.progress, digest=digest))
     except OSError as error:
         raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
     report(events.Published(folder=str(target), digest=digest))

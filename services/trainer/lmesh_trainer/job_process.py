@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import msgspec
@@ -35,7 +35,7 @@ class JobProcess:
         """Of the process that was started; 0 before that."""
         return 0 if self._process is None else self._process.pid
 
-    async def events(self, spec: JobSpec) -> AsyncIterator[Event]:
+    async def events(self, spec: JobSpec) -> AsyncGenerator[Event, None]:
         """Runs the job in its folder and gives what it says; the last is always `Ended`.
 
         A process that dies without a word ends as FAILED with JOB_DIED: run the folder again and it goes on from its
@@ -108,7 +108,7 @@ class JobProcess:
         await self._process.wait()
 
 
-async def _until_ended(heard: asyncio.Queue[Event | None]) -> AsyncIterator[Event]:
+async def _until_ended(heard: asyncio.Queue[Event | None]) -> AsyncGenerator[Event, None]:
     while True:
         event = await heard.get()
         if event is None:

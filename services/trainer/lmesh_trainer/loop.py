@@ -142,6 +142,7 @@ class Loop:
             self._progress,
             step=step + 1,
             trained_tokens=self._progress.trained_tokens + update.trained_tokens,
+            last_loss=update.loss if update.applied else self._progress.last_loss,
             skipped=self._progress.skipped + (not update.applied),
         )
         if not update.applied:

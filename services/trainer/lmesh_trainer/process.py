@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from lmesh_kernels.platforms.host_memory import keep_freed_memory
 
 from lmesh_trainer import events
+from lmesh_trainer.folder_lock import JobBusyError, own_folder
 from lmesh_trainer.job import run_job
 from lmesh_trainer.messages import Wish, frame
 from lmesh_trainer.spec import read_spec
@@ -85,7 +87,11 @@ def main() -> int:
     keep_freed_memory()
     try:
         report = line.report if line is not None else _silent
-        run_job(read_spec((args.folder / "spec.json").read_bytes()), args.folder, report, lambda: _agreed(line))
+        with own_folder(args.folder) if first else nullcontext():
+            run_job(read_spec((args.folder / "spec.json").read_bytes()), args.folder, report, lambda: _agreed(line))
+    except JobBusyError as error:
+        report(events.Ended(outcome=events.Outcome.FAILED, reason="JOB_BUSY", message=str(error)))
+        return 1
     except ServerGoneError:
         log.warning("the trainer's server is gone; leaving")
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -126,6 +126,14 @@ _Loader.add_implicit_resolver(
 def read_spec(text: str | bytes) -> JobSpec:
     """A spec from YAML or JSON. Raises JobError BAD_SPEC, whose message names the field and what would be right."""
     try:
-        return msgspec.convert(yaml.load(text, Loader=_Loader), type=JobSpec)
-    except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        return make_spec(yaml.load(text, Loader=_Loader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError("BAD_SPEC", str(error)) from error
+
+
+def make_spec(told: Any) -> JobSpec:  # noqa: ANN401 - whatever a client or a file says
+    """A spec from plain values by field names; what is not told has its default. Raises JobError BAD_SPEC."""
+    try:
+        return msgspec.convert(told, type=JobSpec)
+    except msgspec.ValidationError as error:
         raise JobError("BAD_SPEC", str(error)) from error

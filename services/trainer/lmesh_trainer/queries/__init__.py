@@ -1,0 +1,1 @@
+"""Questions that need torch, answered by processes of their own."""
