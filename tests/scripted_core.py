@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh_chassis.server import GrpcServer
@@ -90,10 +91,13 @@ class ScriptedCore:
         count = 3 * request.sampling.n
         yield Finish(choices=(), usage=Usage(prompt_tokens=3, completion_tokens=count, cached_tokens=2))
 
-    def list(self) -> list[ServedModel]:
-        return [self.get("m")]
+    def list(self, tenant: str) -> list[ServedModel]:
+        return [self.get("m", tenant)]
 
-    def get(self, model: str) -> ServedModel:
+    def pinned(self, base: str, *, adapter: str, shown: str) -> ServedModel:
+        return replace(self.get(base, ""), id=shown, adapter=adapter)
+
+    def get(self, model: str, tenant: str) -> ServedModel:
         if model == "nobody":
             raise ModelNotFoundError("no worker serves 'nobody'", field="model")
         tokenizer = TextTokenizer(
@@ -101,6 +105,7 @@ class ScriptedCore:
         )
         return ServedModel(
             id=model,
+            base=model,
             digest="d",
             max_model_len=512,
             vocab_size=258,

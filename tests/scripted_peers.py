@@ -202,6 +202,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         self.announces: list[dp.Announce] = []
         self.takeovers: list[dp.TakeOver] = []
         self.incarnation = 1
+        self.adapters: list[model_pb2.CatalogAdapter] = []
         self.react: Callable[[Record], None] = self.place
         self._outboxes: dict[str, list[dp.DispatchResponse]] = {}  # by gateway
         self._break = asyncio.Event()
@@ -273,6 +274,18 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
         self._outboxes.clear()
         self.break_stream()
 
+    def publish(self, tenant: str, name: str, *versions: int) -> None:
+        """An adapter has these versions from now on; each one's digest is `<tenant>-<name>-<version>`."""
+        self.adapters = [adapter for adapter in self.adapters if (adapter.tenant, adapter.name) != (tenant, name)]
+        for version in versions:
+            created = Timestamp(seconds=1_700_000_000 + version)
+            digest = f"{tenant}-{name}-{version}"
+            adapter = model_pb2.CatalogAdapter(
+                tenant=tenant, name=name, version=version, digest=digest, created=created
+            )
+            self.adapters.append(adapter)
+        self.tell(catalog=self.catalog())
+
     def catalog(self) -> model_pb2.ModelCatalog:
         model = self.model
         descriptor = model_pb2.ModelDescriptor(
@@ -285,6 +298,7 @@ class ScriptedScheduler(dispatch_pb2_grpc.DispatchServiceServicer):
             block_size=16,
         )
         entry = model_pb2.CatalogEntry(model=descriptor, workers=1, created=Timestamp(seconds=1_700_000_000))
+        entry.adapters.extend(self.adapters)
         return model_pb2.ModelCatalog(entries=[entry])
 
     async def Dispatch(self, request_iterator: Any, context: Any) -> None:

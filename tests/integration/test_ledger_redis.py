@@ -25,6 +25,7 @@ from tests.tiny_model import byte_tokenizer
 LIMITS = LedgerLimits(ttl_s=60.0, max_entries=100, max_bytes=1 << 20, timeout_s=0.3)
 MODEL = ServedModel(
     id="m",
+    base="m",
     digest="d",
     max_model_len=512,
     vocab_size=258,

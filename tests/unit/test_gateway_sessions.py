@@ -215,7 +215,7 @@ def plan(request_id: str = "r", tokens: int = 3) -> Plan:
     now = time.monotonic()
     return Plan(
         request_id=request_id,
-        model=cast(Any, SimpleNamespace(id="m")),
+        model=cast(Any, SimpleNamespace(id="m", base="m", adapter="")),
         prompt_ids=(1,) * tokens,
         params=PARAMS,
         n=1,

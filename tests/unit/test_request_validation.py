@@ -25,6 +25,7 @@ from lmesh_kernels.text.generation import GenerationDefaults
 GOOD = GenerationRequest(model="m", prompt=TextPrompt(text="x"))
 MODEL = ServedModel(
     id="m",
+    base="m",
     digest="",
     max_model_len=8,
     vocab_size=100,

@@ -15,6 +15,7 @@ from lmesh_chassis.errors import RemoteError, from_rpc_error
 from lmesh_chassis.links import Link
 from lmesh_chassis.tls import PLAIN, Tls
 
+from lmesh_gateway.adapters import PublishedAdapter
 from lmesh_gateway.dispatch_batch import Announce, DispatchBatch, TakeOver
 from lmesh_gateway.dispatch_session import DispatchSession
 from lmesh_gateway.errors import (
@@ -239,7 +240,8 @@ def _submit(plan: Plan, *, delivered_tokens: int = 0, waits: bool = True) -> dis
     """`waits`: its queue timeout still counts; what was placed once is not to be dropped for waiting again."""
     return dispatch_pb2.Submit(
         request_id=plan.request_id,
-        model=plan.model.id,
+        model=plan.model.base,
+        adapter=plan.model.adapter,
         prompt_ids=plan.prompt_ids,
         max_tokens=plan.params.max_tokens,
         n=plan.n,
@@ -279,6 +281,10 @@ def _timestamp(seconds: float) -> Timestamp:
     return stamp
 
 
+def _seconds(stamp: Timestamp) -> float:
+    return stamp.ToNanoseconds() / 1e9
+
+
 def _leg(leg: dispatch_pb2.Leg) -> Leg:
     return Leg(worker_id=leg.worker_id, epoch=leg.epoch, address=leg.address, lease=leg.lease)
 
@@ -293,7 +299,17 @@ def _model(entry: model_pb2.CatalogEntry) -> CatalogModel:
         max_model_len=model.max_model_len,
         vocab_size=model.vocab_size,
         workers=entry.workers,
-        created=entry.created.ToNanoseconds() / 1e9,
+        created=_seconds(entry.created),
+        adapters=tuple(
+            PublishedAdapter(
+                tenant=adapter.tenant,
+                name=adapter.name,
+                version=adapter.version,
+                digest=adapter.digest,
+                created=_seconds(adapter.created),
+            )
+            for adapter in entry.adapters
+        ),
     )
 
 
@@ -304,7 +320,7 @@ def _record(record: dispatch_pb2.DescribeRequestResponse) -> RequestRecord:
         model=record.model,
         worker_id=record.worker_id,
         timeline=tuple(
-            RequestEvent(time=event.time.ToNanoseconds() / 1e9, event=event.event, detail=dict(event.detail))
+            RequestEvent(time=_seconds(event.time), event=event.event, detail=dict(event.detail))
             for event in record.timeline
         ),
         failure_reason=record.failure_reason,

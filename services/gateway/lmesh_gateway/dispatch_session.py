@@ -286,7 +286,7 @@ class DispatchSession:
                 return  # it is what was here before that this one took over
             self._forget(request_id, None)  # a report would be on the new owner's request
         outcome = Outcome.CANCELLED if reason == "CANCELLED" else Outcome.FAILED
-        self._end(request_id, revocation(reason), outcome, entry)
+        self._end(request_id, revocation(reason, adapter=bool(entry.plan.model.adapter)), outcome, entry)
 
     def on_expired(self, request_id: str, queued: bool) -> None:
         """A deadline passed."""

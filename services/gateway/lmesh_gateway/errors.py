@@ -9,6 +9,8 @@ DOMAIN = "lmesh.inference"
 
 __all__ = [
     "DOMAIN",
+    "AdapterNotFoundError",
+    "AdapterRefusedError",
     "CancelledError",
     "ContextLengthExceededError",
     "DeadlineExceededError",
@@ -105,7 +107,7 @@ class DuplicateRequestIdError(ServiceError):
 
 
 class ModelNotFoundError(ServiceError):
-    """No worker serves a model of that id."""
+    """No worker serves a model of that id, or the caller has no adapter of that name and version."""
 
     code = StatusCode.NOT_FOUND
     reason = "MODEL_NOT_FOUND"
@@ -124,6 +126,20 @@ class ModelUnusableError(ServiceError):
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "MODEL_UNUSABLE"
+
+
+class AdapterNotFoundError(ServiceError):
+    """The adapter that the request runs with was deleted, and no worker holds it any more."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterRefusedError(ServiceError):
+    """No worker can load the adapter; metadata `worker_reason` says why."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_REFUSED"
 
 
 class QueueFullError(ServiceError):

@@ -196,9 +196,15 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model that some worker serves now and whose tokenizer is loaded here. `created` is Unix time in seconds."""
+    """A model that some worker serves now and whose tokenizer is loaded here. `created` is Unix time in seconds.
+
+    `id` is what clients ask for and are shown; `base` the model's own id, which other services and metrics know; they
+    differ where an `adapter` (its content digest, "" for none) goes with it. `digest` is the base's.
+    """
 
     id: str
+    base: str
+    adapter: str = ""
     digest: str
     max_model_len: int
     vocab_size: int
@@ -212,10 +218,17 @@ class ServedModel:
 class ModelDirectory(Protocol):
     """The models that can be asked for now."""
 
-    def list(self) -> list[ServedModel]:
-        """All of them, by id."""
+    def list(self, tenant: str) -> list[ServedModel]:
+        """All of them, each followed by the tenant's adapters of it."""
         ...
 
-    def get(self, model: str) -> ServedModel:
-        """The model of that id; raises ModelNotFoundError, or ModelLoadingError while its tokenizer is being loaded."""
+    def get(self, model: str, tenant: str) -> ServedModel:
+        """What the tenant means by that id: a model, `model:adapter` or `model:adapter@version`.
+
+        Raises ModelNotFoundError, ModelUnusableError, or ModelLoadingError while its tokenizer is being loaded.
+        """
+        ...
+
+    def pinned(self, base: str, *, adapter: str, shown: str) -> ServedModel:
+        """A model with the adapter of that content digest, published or not, shown as `shown`; raises as `get`."""
         ...

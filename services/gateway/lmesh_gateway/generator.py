@@ -132,8 +132,8 @@ class MeshGenerator:
             raise LedgerDisabledError(
                 "durability: SYNC needs a ledger, and this gateway keeps none", field="durability"
             )
-        model = self._directory.get(request.model)
-        metrics.named(model.id)
+        model = self._directory.get(request.model, request.tenant)
+        metrics.named(model.base)
         request_id = request.request_id or str(uuid.uuid4())
         logs.request_id.set(request_id)
         ids = await self._prompts.ids(request.prompt, model)

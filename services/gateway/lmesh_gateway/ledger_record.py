@@ -87,8 +87,18 @@ class Record:
 
     @property
     def model(self) -> str:
-        """The model's id."""
+        """What the client asked for and is shown."""
         return str(self.plan["model"])
+
+    @property
+    def base(self) -> str:
+        """The model's own id. Records from before there were adapters do not have it."""
+        return str(self.plan.get("base", self.plan["model"]))
+
+    @property
+    def adapter(self) -> str:
+        """Content digest of the adapter that it runs with, "" for none."""
+        return str(self.plan.get("adapter", ""))
 
     def counts(self) -> list[int]:
         """Ids of each choice."""
@@ -126,6 +136,8 @@ def plan_text(plan: Plan) -> str:
     return json.dumps(
         {
             "model": plan.model.id,
+            "base": plan.model.base,
+            "adapter": plan.model.adapter,
             "digest": plan.model.digest,
             "params": asdict(plan.params),
             "stop": plan.stop,

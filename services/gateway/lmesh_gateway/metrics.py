@@ -44,7 +44,8 @@ class RequestMetrics:
         self._last: dict[int, float] = {}
 
     def named(self, model: str) -> None:
-        """The model is known to exist; a name that a client made up must not become a label."""
+        """The base model, known to exist: a label is neither what a client made up nor a tenant's adapter's name, for
+        those have no bound and the page has no lock."""
         self._model = model
 
     def tokens(self, choice: int, count: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmesh_chassis.backoff import Backoff
 from lmesh_kernels.text.digests import text_digest
@@ -14,10 +15,13 @@ from lmesh_kernels.text.resolve import ModelNotFoundError as FilesNotFoundError
 from lmesh_kernels.text.resolve import resolve
 from lmesh_kernels.text.tokenizer import TextTokenizer, load_tokenizer
 
+from lmesh_gateway.adapters import PublishedAdapter, PublishedAdapters
 from lmesh_gateway.errors import ModelLoadingError, ModelNotFoundError, ModelUnusableError
 from lmesh_gateway.generation import ServedModel
 
 _log = logging.getLogger(__name__)
+
+_MOST_NAMED = 20  # ids in an error's text: a status must fit into the trailers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,7 @@ class CatalogModel:
     vocab_size: int
     workers: int
     created: float
+    adapters: tuple[PublishedAdapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,14 @@ class _Text:
 
 
 class CatalogDirectory:
-    """Implements `generation.ModelDirectory`. Tokenizers are loaded in a thread, once for each text digest."""
+    """Implements `generation.ModelDirectory`. Tokenizers are loaded in a thread, once for each text digest.
+
+    An adapter goes by `model:name`, its newest version, or `model:name@version`; a model whose whole id is that wins.
+    """
 
     def __init__(self) -> None:
         self._catalog: dict[str, CatalogModel] = {}
+        self._adapters: dict[str, PublishedAdapters] = {}  # by model
         self._texts: dict[str, _Text] = {}
         self._faults: dict[str, str] = {}  # text digest -> why it cannot be used
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -63,6 +72,7 @@ class CatalogDirectory:
     def feed(self, catalog: list[CatalogModel]) -> None:
         """Takes a new catalog, whole; begins to load what is new in it."""
         self._catalog = {model.id: model for model in catalog}
+        self._adapters = {model.id: PublishedAdapters(model.adapters) for model in catalog}
         self._fed = True
         wanted = {model.text_digest for model in catalog}
         self._texts = {digest: text for digest, text in self._texts.items() if digest in wanted}
@@ -73,34 +83,58 @@ class CatalogDirectory:
             if model.text_digest not in self._texts and model.text_digest not in self._loads:
                 self._loads[model.text_digest] = asyncio.create_task(self._load(model))
 
-    def list(self) -> list[ServedModel]:
-        """The usable models, by id."""
-        found = (self._served(model) for _, model in sorted(self._catalog.items()))
+    def list(self, tenant: str) -> list[ServedModel]:
+        """The usable models, by id, each before the tenant's adapters of it, in their newest versions."""
+        found = (self._served(entry, shown, adapter) for shown, entry, adapter in self._routes(tenant))
         return [model for model in found if model is not None]
 
-    def get(self, model: str) -> ServedModel:
-        """The model of that id; raises ModelNotFoundError, ModelLoadingError or ModelUnusableError."""
-        entry = self._catalog.get(model)
-        if entry is None:
-            known = ", ".join(sorted(self._catalog)) or "none"
+    def get(self, model: str, tenant: str) -> ServedModel:
+        """What the tenant means by that id; raises ModelNotFoundError, ModelLoadingError or ModelUnusableError."""
+        if (entry := self._catalog.get(model)) is not None:
+            return self._usable(entry, model)
+        base, _, asked = model.rpartition(":")
+        entry = self._catalog.get(base)
+        adapter = None if entry is None else self._adapters[base].find(tenant, asked)
+        if entry is None or adapter is None:
+            known = _named([shown for shown, _, _ in self._routes(tenant)])
             raise ModelNotFoundError(f"no worker serves {model!r}; served now: {known}", field="model")
-        if (served := self._served(entry)) is not None:
+        return self._usable(entry, model, adapter)
+
+    def pinned(self, base: str, *, adapter: str, shown: str) -> ServedModel:
+        """A model with the adapter of that content, whether or not it is published still; raises as `get`."""
+        entry = self._catalog.get(base)
+        if entry is None:
+            raise ModelNotFoundError(f"no worker serves {base!r} any more", field="model")
+        return replace(self._usable(entry, shown), adapter=adapter)
+
+    def _routes(self, tenant: str) -> Iterator[tuple[str, CatalogModel, PublishedAdapter | None]]:
+        for _, entry in sorted(self._catalog.items()):
+            yield entry.id, entry, None
+            for adapter in self._adapters[entry.id].newest(tenant):
+                shown = f"{entry.id}:{adapter.name}"
+                if shown not in self._catalog:
+                    yield shown, entry, adapter
+
+    def _usable(self, entry: CatalogModel, shown: str, adapter: PublishedAdapter | None = None) -> ServedModel:
+        if (served := self._served(entry, shown, adapter)) is not None:
             return served
         if (fault := self._faults.get(entry.text_digest)) is not None:
-            raise ModelUnusableError(f"{model} cannot be used through this gateway: {fault}", field="model")
-        raise ModelLoadingError(f"the tokenizer of {model} is being loaded; try again", retry_after_ms=1000)
+            raise ModelUnusableError(f"{shown} cannot be used through this gateway: {fault}", field="model")
+        raise ModelLoadingError(f"the tokenizer of {shown} is being loaded; try again", retry_after_ms=1000)
 
-    def _served(self, model: CatalogModel) -> ServedModel | None:
-        text = self._texts.get(model.text_digest)
+    def _served(self, entry: CatalogModel, shown: str, adapter: PublishedAdapter | None) -> ServedModel | None:
+        text = self._texts.get(entry.text_digest)
         if text is None:
             return None
         return ServedModel(
-            id=model.id,
-            digest=model.digest,
-            max_model_len=model.max_model_len,
-            vocab_size=model.vocab_size or text.tokenizer.vocab_size,
-            created=model.created,
-            workers=model.workers,
+            id=shown,
+            base=entry.id,
+            adapter="" if adapter is None else adapter.digest,
+            digest=entry.digest,
+            max_model_len=entry.max_model_len,
+            vocab_size=entry.vocab_size or text.tokenizer.vocab_size,
+            created=entry.created if adapter is None else adapter.created,
+            workers=entry.workers,
             tokenizer=text.tokenizer,
             defaults=text.defaults,
             longest_token_bytes=text.longest_token_bytes,
@@ -129,6 +163,11 @@ class CatalogDirectory:
             task.cancel()
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _named(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+    return (", ".join(ids[:_MOST_NAMED]) or "none") + more
 
 
 def _load_text(model: CatalogModel) -> _Text:

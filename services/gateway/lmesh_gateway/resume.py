@@ -173,7 +173,7 @@ class Resumer:
         check_cursor(record.request_id, cursor, record.counts())
         plan = self._plan(record)
         metrics, span = RequestMetrics(), RequestSpan(_described(plan))
-        metrics.named(plan.model.id)
+        metrics.named(plan.model.base)
         span.planned(plan)
         self._part_with(plan.request_id)
         claimed = Claimed(nonce=record.nonce, epoch=record.epoch, ids=record.ids, ends=record.ends)
@@ -202,7 +202,8 @@ class Resumer:
         return record.restore(model, queue_timeout_s=self._queue_timeout_s, cache_salt=salt)
 
     def _model(self, record: Record) -> ServedModel:
-        model = self._directory.get(record.model)
+        # By content: a version that was published since, or this one's deletion, changes nothing of what it began with.
+        model = self._directory.pinned(record.base, adapter=record.adapter, shown=record.model)
         if model.digest != record.plan["digest"]:
             raise ModelNotFoundError(f"the weights of {record.model} that gave it are not served any more")
         return model

@@ -166,6 +166,7 @@ def _start(slot: Slot) -> run_pb2.Start:
         cache_salt=start.cache_salt,
         traceparent=start.traceparent,
         priority=start.priority,
+        adapter=start.adapter,
     )
 
 

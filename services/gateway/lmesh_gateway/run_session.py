@@ -21,7 +21,11 @@ _MAX_IDS = 1_000_000
 _ACK_EVERY = 16
 # A sequence that had not begun when its session was dropped is begun anew this often.
 _MOST_RESTARTS = 2
-_ENGINE_DIED = "ENGINE_DIED"
+# What a worker says of itself rather than of the sequence: another worker, or the same one later, can run it.
+_NOT_THE_REQUESTS = {
+    "ENGINE_DIED": "lost its engine",
+    "ADAPTER_NOT_LOADED": "does not hold the request's adapter",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -194,8 +198,8 @@ class RunSession:
         if entry.output.finish is SequenceFinish.ABORTED:
             return self._lost("dropped the request")
         if entry.output.finish is SequenceFinish.ERROR:
-            if entry.error_reason == _ENGINE_DIED:
-                return self._lost("lost its engine", _ENGINE_DIED)
+            if (what := _NOT_THE_REQUESTS.get(entry.error_reason)) is not None:
+                return self._lost(what, entry.error_reason)
             return self._failed(entry.error_message or "it gave no reason", entry.error_reason)
         if entry.output.ids and entry.start_pos != slot.next_pos:
             text = f"it sent ids for position {entry.start_pos} where {slot.next_pos} was due"

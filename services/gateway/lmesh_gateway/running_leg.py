@@ -97,4 +97,5 @@ def _start(plan: Plan, leg: Leg, choice: LiveChoice) -> SequenceStart:
         cache_salt=plan.cache_salt,
         traceparent=plan.traceparent,
         priority=plan.priority,
+        adapter=plan.model.adapter,
     )

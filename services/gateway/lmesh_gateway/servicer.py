@@ -91,7 +91,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: RpcContext) -> pb.ListModelsResponse:
         """The models that can be asked for now."""
-        return pb.ListModelsResponse(models=[_model(model) for model in self._directory.list()])
+        return pb.ListModelsResponse(models=[_model(model) for model in self._directory.list(caller.get())])
 
 
 async def _write(context: RpcContext, events: AsyncGenerator[Event, None], *, prompt_logprobs: bool) -> None:

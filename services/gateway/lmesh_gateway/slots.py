@@ -37,6 +37,7 @@ class SequenceStart:
     cache_salt: str
     traceparent: str
     priority: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

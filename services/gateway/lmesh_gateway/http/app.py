@@ -19,7 +19,7 @@ from starlette.responses import Response
 from lmesh_gateway.errors import InternalError, InvalidArgumentError, ServiceError
 from lmesh_gateway.generation import Generator, ModelDirectory, ServedModel
 from lmesh_gateway.http.errors import MethodNotAllowedError, RouteNotFoundError, error_response
-from lmesh_gateway.http.headers import told_request_id
+from lmesh_gateway.http.headers import tenant, told_request_id
 from lmesh_gateway.http.inference import Inference
 from lmesh_gateway.http.schemas import ChatBody, CompletionBody
 
@@ -93,14 +93,14 @@ def _add_operations(app: FastAPI, ready: Callable[[], bool]) -> None:
 
 def _add_models(app: FastAPI, directory: ModelDirectory) -> None:
     @app.get("/v1/models", tags=["models"])
-    async def list_models() -> dict[str, Any]:
-        """The models that some worker serves now."""
-        return {"object": "list", "data": [_model_object(m) for m in directory.list()]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        """The models that some worker serves now, and the caller's adapters of them."""
+        return {"object": "list", "data": [_model_object(m) for m in directory.list(tenant(request))]}
 
     @app.get("/v1/models/{model:path}", tags=["models"])
-    async def get_model(model: str) -> dict[str, Any]:
-        """One model."""
-        return _model_object(directory.get(model))
+    async def get_model(request: Request, model: str) -> dict[str, Any]:
+        """One model, or one adapter as `model:name` or `model:name@version`."""
+        return _model_object(directory.get(model, tenant(request)))
 
 
 def _model_object(model: ServedModel) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def _model_object(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": int(model.created),
         "owned_by": "lmesh",
-        "root": model.id,
-        "parent": None,
+        "root": model.base,
+        "parent": model.base if model.adapter else None,
         "max_model_len": model.max_model_len,
     }
 

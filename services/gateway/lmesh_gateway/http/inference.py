@@ -53,7 +53,7 @@ class Inference:
         body = await read_body(request, CompletionBody, self._limit)
         envelope = Envelope.of(request)
         wanted = completion_requests(body, envelope)
-        model = self._directory.get(body.model)
+        model = self._directory.get(body.model, headers.tenant(request))
         events, accepted = await self._begin(request, merged(self._generator, wanted))
         completions = Completions(
             call_id=envelope.request_id,
