@@ -12,6 +12,7 @@ import yaml
 from lmesh_chassis.settings import ChassisSettings, load
 from lmesh_gateway.config import GatewaySettings
 from lmesh_scheduler.config import SchedulerSettings
+from lmesh_trainer.config import TrainerSettings
 from lmesh_worker.config import WorkerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -19,8 +20,10 @@ SETTINGS: dict[str, type[ChassisSettings]] = {
     "gateway": GatewaySettings,
     "scheduler": SchedulerSettings,
     "worker": WorkerSettings,
+    "trainer": TrainerSettings,
 }
-_WORKER_NEEDS = {"LMESH_WORKER_MODEL": "a-model"}  # the one setting without a default
+# Settings without a default
+_NEEDS = {"worker": {"LMESH_WORKER_MODEL": "a-model"}, "trainer": {"LMESH_TRAINER_ARTIFACTS": "/artifacts"}}
 MANIFESTS = sorted((ROOT / "deploy/kubernetes").rglob("*.yaml"))
 
 
@@ -39,8 +42,7 @@ def service_of(variable: str) -> str | None:
 
 def parsed(service: str, environ: dict[str, str]) -> ChassisSettings:
     """The settings as the service would read them; SettingsError where it would not start."""
-    needs = _WORKER_NEEDS if service == "worker" else {}
-    return load(SETTINGS[service], service=service, environ={**needs, **environ})
+    return load(SETTINGS[service], service=service, environ={**_NEEDS.get(service, {}), **environ})
 
 
 def default_of(variable: str) -> Any:

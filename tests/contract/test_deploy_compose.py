@@ -24,7 +24,7 @@ COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
 # ${NAME:-default} and ${NAME-default} of docker-compose.yml
 INTERPOLATED = dict(re.findall(r"\$\{(\w+):?-([^}]*)\}", COMPOSE_TEXT))
 OFFERED = dict(re.findall(r"^#(\w+)=(.*)$", EXAMPLE, re.MULTILINE))
-OURS = ("scheduler", "gateway", "worker", "worker-gpu")
+OURS = ("scheduler", "gateway", "worker", "worker-gpu", "trainer")
 
 
 def port_of(address: str) -> int:
@@ -76,6 +76,14 @@ def test_links_lead_to_the_services() -> None:
                 address = image_environment(host)["LMESH_SCHEDULER_ADDRESS"]
                 assert (host, int(port)) == ("scheduler", port_of(address))
     assert services["scheduler"]["environment"]["LMESH_SCHEDULER_REDIS_URL"].startswith("redis://redis:6379")
+
+
+def test_artifacts_are_one_folder_for_all() -> None:
+    for name in ("gateway", "worker", "worker-gpu", "trainer"):
+        service, kind = compose()["services"][name], name.removesuffix("-gpu")
+        set_here = {**image_environment(kind), **service["environment"]}
+        assert set_here[f"LMESH_{kind.upper()}_ARTIFACTS"] == "/artifacts"
+        assert "artifacts:/artifacts" in service["volumes"]
 
 
 def test_published_ports_are_the_gateways_and_on_loopback() -> None:

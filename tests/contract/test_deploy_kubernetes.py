@@ -24,7 +24,7 @@ from tests.deployment import (
     service_of,
 )
 
-GRPC_NAMES = {"gateway": INFERENCE, "scheduler": DISPATCH, "worker": RUN}
+GRPC_NAMES = {"gateway": INFERENCE, "scheduler": DISPATCH, "worker": RUN, "trainer": ""}  # "": the server as a whole
 WORKLOADS = of_kind("Deployment", "StatefulSet")
 OURS = [w for w in WORKLOADS if w["metadata"]["name"] != "redis"]
 
@@ -126,7 +126,10 @@ class TestOurs:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for probe in probes(container):
             if "grpc" in probe:
-                assert probe["grpc"] == {"port": ports["grpc"], "service": GRPC_NAMES[service]}
+                name = GRPC_NAMES[service]
+                assert probe["grpc"] == {"port": ports["grpc"], **({"service": name} if name else {})}
+            elif "tcpSocket" in probe:
+                assert (service, probe["tcpSocket"]) == ("trainer", {"port": "grpc"})
             else:
                 assert (service, probe["httpGet"]) == ("gateway", {"path": "/version", "port": "http"})
         assert "grpc" in container["readinessProbe"]
@@ -200,5 +203,7 @@ def test_every_manifest_is_read() -> None:
         "gateway.yaml",
         "worker.yaml",
         "worker-gpu.yaml",
+        "trainer.yaml",
+        "artifacts.yaml",
         "network-policy.yaml",
     }
