@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mesh(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     run = tmp_path_factory.mktemp("run")
-    env = {"LMESH_TRAINER_THREADS": "1", "LMESH_WORKER_THREADS": "1", "LMESH_ARTIFACTS": str(run / "artifacts")}
+    env = {"LMESH_TRAINER_THREADS": "1", "LMESH_WORKER_THREADS": "1"}
     with running_mesh(run, "--model", f"{MODEL}={base}", "--trainers", "1", **env) as running:
         yield running
 
