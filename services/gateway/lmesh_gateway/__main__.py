@@ -12,6 +12,7 @@ from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.processes import run_processes
 from lmesh_chassis.settings import exit_unless, load_or_exit
 
+from lmesh_gateway.artifact_transfer import ArtifactTransfer
 from lmesh_gateway.authentication import Authenticator
 from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.gateway import Gateway
@@ -30,6 +31,9 @@ def main() -> None:
     # Read again by each serving process; here so that a fault stops the boot with one line.
     exit_unless(lambda: tls.from_settings(settings), service="gateway")
     exit_unless(lambda: Authenticator.from_file(settings.tenants_file), service="gateway")
+    exit_unless(
+        lambda: ArtifactTransfer.from_folder(settings.artifacts, max_bytes=settings.max_upload_bytes), service="gateway"
+    )
     serve = _serve if settings.processes == 1 else _supervise
     sys.exit(lifecycle.run(lambda shutdown: serve(settings, shutdown)))
 

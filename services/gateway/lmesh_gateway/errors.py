@@ -11,6 +11,10 @@ __all__ = [
     "DOMAIN",
     "AdapterNotFoundError",
     "AdapterRefusedError",
+    "ArtifactCorruptError",
+    "ArtifactNotFoundError",
+    "ArtifactsDisabledError",
+    "BadUploadError",
     "CancelledError",
     "ContextLengthExceededError",
     "DeadlineExceededError",
@@ -36,6 +40,7 @@ __all__ = [
     "ResumedElsewhereError",
     "SchedulerUnavailableError",
     "ServiceError",
+    "StoreFullError",
     "TemplateFailedError",
     "TemplateInvalidError",
     "TemplateRefusedError",
@@ -261,3 +266,37 @@ class ResumedElsewhereError(ServiceError):
 
     code = StatusCode.ABORTED
     reason = "RESUMED_ELSEWHERE"
+
+
+class ArtifactsDisabledError(ServiceError):
+    """This gateway has no artifact store: its setting artifacts is empty."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "ARTIFACTS_DISABLED"
+
+
+class ArtifactNotFoundError(ServiceError):
+    """The store has no artifact of that digest."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "UNKNOWN_ARTIFACT"
+
+
+class ArtifactCorruptError(ServiceError):
+    """The bytes, stored or uploaded, are not those of their digest."""
+
+    code = StatusCode.DATA_LOSS
+    reason = "CORRUPT_ARTIFACT"
+
+
+class StoreFullError(ServiceError):
+    """The artifact store has no room; what was uploaded so far is kept."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "STORE_FULL"
+
+
+class BadUploadError(InvalidArgumentError):
+    """A size that is not allowed, or a piece that is not the upload's next; an empty upload tells where to go on."""
+
+    reason = "BAD_UPLOAD"

@@ -8,11 +8,14 @@ import uuid
 from collections.abc import Callable
 
 from lmesh.inference.v1 import inference_pb2_grpc
+from lmesh.training.v1 import training_pb2_grpc
 from lmesh_chassis import metrics, tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from lmesh_kernels.text.sandbox import TemplateSandbox
 
+from lmesh_gateway import training_servicer
+from lmesh_gateway.artifact_transfer import ArtifactTransfer
 from lmesh_gateway.authentication import Authenticator, interceptor
 from lmesh_gateway.config import GatewaySettings
 from lmesh_gateway.dispatch_link import DispatchLink
@@ -26,6 +29,7 @@ from lmesh_gateway.models import CatalogDirectory
 from lmesh_gateway.prompts import PromptBuilder
 from lmesh_gateway.run_links import RunLinks
 from lmesh_gateway.servicer import SERVICE_NAME, InferenceServicer
+from lmesh_gateway.training_link import TrainingLink
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +72,14 @@ class Gateway:
                 timeout_s=settings.redis_timeout_s,
             ),
         )
+        self._artifacts = ArtifactTransfer.from_folder(settings.artifacts, max_bytes=settings.max_upload_bytes)
+        self._training_link = TrainingLink(
+            settings.scheduler,
+            deadline_s=settings.default_deadline_s,
+            grace_s=settings.scheduler_grace_s,
+            tls=self._tls,
+        )
+        self._training = training_servicer.TrainingServicer(self._training_link, self._artifacts)
         self._prompts = PromptBuilder(
             TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
             threads=settings.tokenizer_threads,
@@ -128,6 +140,9 @@ class Gateway:
         )
         servicer = InferenceServicer(self.generator, self.directory, self._dispatch)
         self._grpc.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
+        self._grpc.add(
+            training_pb2_grpc.add_TrainingServiceServicer_to_server, self._training, training_servicer.SERVICE_NAME
+        )
         await self._grpc.start()
         await self._http.start()
         if settings.metrics_port:
@@ -149,12 +164,16 @@ class Gateway:
         _log.info("draining", extra={"timeout_s": self._settings.drain_timeout_s})
         # A client that has not heard of it yet is told DRAINING, not cut off by a closing listener.
         await asyncio.sleep(self._settings.drain_linger_s)
+        self._training.leave()
         # What has not ended by then is left to whoever resumes it; its clients are told so before they are cut off.
         told_s = max(0.8 * self._settings.drain_timeout_s, self._settings.drain_timeout_s - _CUT_S)
         leaving = asyncio.get_running_loop().call_later(told_s, self.generator.abandon)
         await asyncio.gather(self._grpc.drain(self._settings.drain_timeout_s), self._drain_http())
         leaving.cancel()
         self.generator.abandon()
+        await self._training_link.close()
+        if self._artifacts is not None:
+            self._artifacts.close()
         await self._runs.close()
         await self._dispatch.close()
         await self._ledger.close()
