@@ -142,7 +142,7 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
             version=version,
             digest=f"{version:064x}",
             artifact=request.artifact,
-            manifest='{"r": 8}',
+            manifest='{"job": {"lora": {"r": 8}}}',
             job_id=request.job_id,
             workers=1,
         )
