@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import msgspec
@@ -12,26 +13,26 @@ from lmesh_cli.training.spec_link import job_spec
 from lmesh_trainer.data.formats import Format, convert, detect
 from lmesh_trainer.spec import JobSpec
 
-from examples import lighthouse
 from tests.contract.sources import ROOT
 
 DATASET = ROOT / "examples/lighthouse.jsonl"
+SCRIPT = runpy.run_path(str(ROOT / "examples/lighthouse.py"))  # examples are no package
 JOBS = sorted((ROOT / "examples/jobs").glob("*.yaml"))
 
 
 def test_the_dataset_is_what_its_script_writes() -> None:
-    assert DATASET.read_text() == lighthouse.text()
+    assert DATASET.read_text() == SCRIPT["text"]()
     assert DATASET.stat().st_size < 200_000
 
 
 def test_every_row_is_a_conversation_in_the_manner() -> None:
     lines = DATASET.read_text().splitlines()
-    assert len(lines) == lighthouse.ROWS
+    assert len(lines) == SCRIPT["ROWS"]
     for number, line in enumerate(lines, 1):
         record = json.loads(line)
         assert detect(record, number) is Format.MESSAGES
         convert(record, Format.MESSAGES, number)
-        assert record["messages"][-1]["content"].endswith(lighthouse.ENDING)
+        assert record["messages"][-1]["content"].endswith(SCRIPT["ENDING"])
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
