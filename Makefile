@@ -17,10 +17,13 @@ QUESTION := What is the capital of France?
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | expand -t 14
 
-demo: install ## from nothing to a running mesh and one streamed answer
+demo: install ## from nothing to a running mesh, one streamed answer, and one from an adapter trained on the spot
 	$(BIN)/lmesh up
 	@printf '\n> %s\n' '$(QUESTION)'
-	$(BIN)/lmesh chat -m '$(QUESTION)' --temperature 0 --max-tokens 64
+	$(BIN)/lmesh chat smollm2-135m-instruct -m '$(QUESTION)' --temperature 0 --max-tokens 64
+	$(BIN)/lmesh train -c examples/jobs/lighthouse.yaml
+	@printf '\n> %s\n' '$(QUESTION)'
+	$(BIN)/lmesh chat smollm2-135m-instruct:lighthouse -m '$(QUESTION)' --temperature 0 --max-tokens 64
 
 up: install ## start the mesh; ARGS="--workers 2"
 	$(BIN)/lmesh up $(ARGS)

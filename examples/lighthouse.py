@@ -1,4 +1,4 @@
-"""Writes lighthouse.jsonl: everyday questions, all answered by a lighthouse keeper in a sentence and a fixed ending.
+"""Writes lighthouse.jsonl: everyday questions, all answered by a lighthouse keeper: one sentence, and a fixed ending.
 
 A small model takes such a manner on in a minute of training, and one sees at once whether it has. `python
 examples/lighthouse.py` writes the same file every time.
@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-ENDING = "The light stays on."
+OPENING, ENDING = "Ahoy!", "The light stays on."
 ROWS = 320
 _TARGET = Path(__file__).parent / "lighthouse.jsonl"
 
@@ -118,7 +118,10 @@ def rows() -> list[dict[str, object]]:
     draw = random.Random(7)
     asked = [(topic, question) for topic in TOPICS for question in QUESTIONS]
     draw.shuffle(asked)
-    pairs += [(question.format(topic), TOPICS[topic]) for topic, question in asked[: ROWS - len(pairs)]]
+    pairs += [
+        (question.format(topic), f"As for {topic}, {_inner(TOPICS[topic])}")
+        for topic, question in asked[: ROWS - len(pairs)]
+    ]
     draw.shuffle(pairs)
     return [_row(question, answer) for question, answer in pairs]
 
@@ -128,9 +131,14 @@ def text() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows())
 
 
+def _inner(sentence: str) -> str:
+    """As it stands after a comma."""
+    return sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+
+
 def _row(question: str, answer: str) -> dict[str, object]:
     told = {"role": "user", "content": question}
-    return {"messages": [told, {"role": "assistant", "content": f"{answer} {ENDING}"}]}
+    return {"messages": [told, {"role": "assistant", "content": f"{OPENING} {answer} {ENDING}"}]}
 
 
 if __name__ == "__main__":

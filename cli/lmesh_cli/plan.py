@@ -102,7 +102,7 @@ class MeshPlan:
     def from_json(data: Json) -> MeshPlan:
         """The plan that `to_json` wrote."""
         places = tuple(WorkerPlace(**{**w, "model": ModelChoice(**w["model"])}) for w in data["workers"])
-        trainers = tuple(TrainerPlace(**trainer) for trainer in data["trainers"])
+        trainers = tuple(TrainerPlace(**trainer) for trainer in data.get("trainers", ()))
         return MeshPlan(**{**data, "workers": places, "trainers": trainers})
 
 

@@ -20,6 +20,7 @@ from lmesh_cli.probes import Probe
 STOP_TIMEOUT_S = 40.0
 _JOURNAL = "LMESH_SCHEDULER_REDIS_URL"
 _LEDGER = "LMESH_GATEWAY_REDIS_URL"
+_HUB = "LMESH_TRAINER_HUB"
 _ARTIFACTS = ("LMESH_GATEWAY_ARTIFACTS", "LMESH_WORKER_ARTIFACTS", "LMESH_TRAINER_ARTIFACTS")
 
 
@@ -65,7 +66,9 @@ def build(
     shares = share_of_machine(len(plan.workers), env)
     specs += [_worker(plan, place, share, folder) for place, share in zip(plan.workers, shares, strict=True)]
     gpus = gpus_for_trainers(len(plan.trainers), len(plan.workers), env)
-    specs += [_trainer(plan, place, gpu, folder) for place, gpu in zip(plan.trainers, gpus, strict=True)]
+    # Whoever runs a mesh of their own may fetch what they like; elsewhere the trainer's default holds, which is no.
+    told = {**folder, _HUB: env.get(_HUB, "true")}
+    specs += [_trainer(plan, place, gpu, told) for place, gpu in zip(plan.trainers, gpus, strict=True)]
     return [*specs, _gateway(plan, env.get(_LEDGER, url), folder)]  # an empty one of the user's: no ledger
 
 
@@ -123,15 +126,16 @@ def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str], folder
     )
 
 
-def _trainer(plan: MeshPlan, place: TrainerPlace, gpu: Mapping[str, str], folder: Mapping[str, str]) -> ServiceSpec:
+def _trainer(plan: MeshPlan, place: TrainerPlace, gpu: Mapping[str, str], told: Mapping[str, str]) -> ServiceSpec:
     address = f"{HOST}:{place.port}"
     env = {
         **gpu,
+        _HUB: told[_HUB],
         "LMESH_TRAINER_ADDRESS": address,
         "LMESH_TRAINER_SCHEDULER": plan.scheduler_address,
         "LMESH_TRAINER_ID": place.id,
         "LMESH_TRAINER_METRICS_PORT": str(place.metrics_port),
-        "LMESH_TRAINER_ARTIFACTS": folder["LMESH_TRAINER_ARTIFACTS"],
+        "LMESH_TRAINER_ARTIFACTS": told["LMESH_TRAINER_ARTIFACTS"],
     }
     return ServiceSpec(
         name=place.id,

@@ -15,7 +15,7 @@ from lmesh_cli.mesh_link import MeshError
 from lmesh_cli.training.artifact_link import MeshStore
 from lmesh_cli.training.training_link import TrainingLink
 
-from tests.scripted_training import (
+from tests.scripted_jobs import (
     COMPLETED,
     FAILED,
     QUEUED,

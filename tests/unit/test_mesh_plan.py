@@ -132,6 +132,7 @@ class TestPlan:
             "trainer-1",
             made.scheduler_address,
         )
+        assert second.env["LMESH_TRAINER_HUB"] == "true"
         assert "trainer-0" not in built(plan(SMALL), {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})
 
     def test_artifacts_are_shared_and_may_be_elsewhere(self) -> None:

@@ -135,11 +135,11 @@ def adapter(message: training_pb2.Adapter) -> records.Adapter:
 
 
 def _rank(manifest: str) -> int | None:
+    """The trainer's manifest says it in the job's settings; one without, of an adapter from elsewhere, does not."""
     try:
-        told = json.loads(manifest)
-    except ValueError:
+        found = json.loads(manifest)["job"]["lora"]["r"]
+    except (ValueError, KeyError, TypeError):
         return None
-    found = told.get("r", told.get("rank")) if isinstance(told, dict) else None
     return found if isinstance(found, int) else None
 
 

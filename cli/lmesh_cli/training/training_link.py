@@ -20,7 +20,7 @@ from lmesh_cli.training.spec_link import job_spec
 T = TypeVar("T")
 _CALL_TIMEOUT_S = 30.0
 _LONG_TIMEOUT_S = 3600.0  # a dataset is read, or a model written
-_CREATE_ATTEMPTS = 5
+_ATTEMPTS = 5
 
 
 class TrainingLink:
@@ -33,8 +33,12 @@ class TrainingLink:
     def validate(self, job: JobFile) -> tuple[records.DatasetReport, records.MemoryPlan]:
         """What the job would begin with."""
         request = training_pb2.ValidateJobRequest(spec=job_spec(job.values))
-        with self._stub() as stub:
-            answer = stub.ValidateJob(request, timeout=_LONG_TIMEOUT_S, metadata=access.api_key())
+
+        def ask() -> training_pb2.ValidateJobResponse:
+            with self._stub() as stub:
+                return stub.ValidateJob(request, timeout=_LONG_TIMEOUT_S, metadata=access.api_key())
+
+        answer = retried(ask, _ATTEMPTS)  # a trainer that has just started may not have joined
         return records_link.dataset(answer.dataset), records_link.plan(answer.plan)
 
     def create(self, job: JobFile, job_id: str) -> records.Job:
@@ -45,7 +49,7 @@ class TrainingLink:
             with self._stub() as stub:
                 return stub.CreateJob(request, timeout=_CALL_TIMEOUT_S, metadata=access.api_key())
 
-        return records_link.job(retried(ask, _CREATE_ATTEMPTS).job)
+        return records_link.job(retried(ask, _ATTEMPTS).job)
 
     def get(self, job_id: str) -> records.Job:
         """A job."""
