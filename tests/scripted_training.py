@@ -27,6 +27,7 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
         self.hold = False  # unary calls are not answered
         self.events: list[pb.JobEvent] = []
         self.over = False  # the job has ended
+        self.leaving = False
         self.overlap = 0  # events before the cursor that come again
         self.written = 0  # events
         self.port = 0
@@ -36,6 +37,11 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
         server = self._server = GrpcServer(f"127.0.0.1:{self.port}", domain="lmesh.scheduler", reflection=False)
         server.add(training_pb2_grpc.add_TrainingServiceServicer_to_server, self, SERVICE)
         self.port = await server.start()
+
+    def leave(self) -> None:
+        """Ends its streams well, as a scheduler does that drains."""
+        self.leaving = True
+        self.changes.note()
 
     async def close(self) -> None:
         """Its streams break."""
@@ -48,6 +54,8 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
         for _ in range(count):
             seq = len(self.events) + 1
             self.events.append(pb.JobEvent(seq=seq, step=pb.Step(global_step=seq, loss=1.0 / seq)))
+        if last:
+            self.events[-1].state.state = pb.JOB_STATE_COMPLETED
         self.over = last
         self.changes.note()
 
@@ -79,8 +87,8 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
             raise self.error
         seen = max(0, request.after - self.overlap)
         try:
-            while not (self.over and seen >= len(self.events)):
-                await self.changes.until(lambda after=seen: len(self.events) > after or self.over, 60.0)
+            while not (self.leaving or (self.over and seen >= len(self.events))):
+                await self.changes.until(lambda after=seen: len(self.events) > after or self.over or self.leaving, 60.0)
                 # Two events a message, so that an overlap may cut one.
                 for begin in range(seen, len(self.events), 2):
                     events = self.events[begin : begin + 2]
@@ -95,9 +103,15 @@ class ScriptedTraining(training_pb2_grpc.TrainingServiceServicer):
 
 def _unary(name: str) -> Any:
     async def call(self: ScriptedTraining, request: Any, context: Any) -> Any:
-        return await self._answer(name, request, context, getattr(pb, f"{name}Response")())
+        answer = pb.GetJobResponse(job=_job(self)) if name == "GetJob" else getattr(pb, f"{name}Response")()
+        return await self._answer(name, request, context, answer)
 
     return call
+
+
+def _job(scripted: ScriptedTraining) -> pb.Job:
+    state = pb.JOB_STATE_COMPLETED if scripted.over else pb.JOB_STATE_RUNNING
+    return pb.Job(job_id="j", state=state, last_event=len(scripted.events))
 
 
 UNARY = tuple(

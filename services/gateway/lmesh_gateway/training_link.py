@@ -35,6 +35,9 @@ Answer = TypeVar("Answer")
 TENANT_KEY = "x-lmesh-tenant"  # whose call it is; the scheduler believes its gateways, and they nobody
 _RETRY_MS = 1000
 _LONGEST_WAIT_S = 1.0
+_ENDED = frozenset(
+    {pb.JOB_STATE_COMPLETED, pb.JOB_STATE_STOPPED, pb.JOB_STATE_CANCELLED, pb.JOB_STATE_FAILED},
+)
 
 
 class RelayedError(Exception):
@@ -89,13 +92,23 @@ class TrainingLink:
                 while (response := await _read(call)) is not None:
                     if (fresh := watch.fresh(response)) is not None:
                         yield fresh
-                return
+                if watch.over or await self._over(watch, tenant):
+                    return
+                await watch.wait("ended")
             except grpc.aio.AioRpcError as error:
                 if not _broke(from_rpc_error(error)) or watch.down_for_s() > self._grace_s:
                     raise _told(error) from error
-                await watch.wait(error)
+                await watch.wait(error.code().name)
             finally:
                 call.cancel()
+
+    async def _over(self, watch: _Watch, tenant: str) -> bool:
+        """Whether the job ended where the stream did. A scheduler that leaves ends its streams well, too."""
+        asked = pb.GetJobRequest(job_id=watch.rest.job_id)
+        left = watch.remaining_s()
+        timeout = self._deadline_s if left is None else left
+        job = (await self._stub.GetJob(asked, timeout=timeout, metadata=_metadata(tenant))).job
+        return job.state in _ENDED and job.last_event <= watch.rest.after
 
     async def close(self) -> None:
         """Ends every call."""
@@ -112,6 +125,7 @@ class _Watch:
         self._backoff = Backoff(most_s=_LONGEST_WAIT_S)
         self._began = time.monotonic()
         self._live = False  # something has come
+        self.over = False  # what was passed on last is the event that ended the job
 
     def remaining_s(self) -> float | None:
         """Of the client's deadline."""
@@ -130,13 +144,15 @@ class _Watch:
             response = pb.WatchJobResponse(events=[e for e in response.events if e.seq > self.rest.after])
         if not response.events:
             return None
-        self.rest.after = response.events[-1].seq
+        last = response.events[-1]
+        self.rest.after = last.seq
+        self.over = last.WhichOneof("event") == "state" and last.state.state in _ENDED
         return response
 
-    async def wait(self, error: grpc.aio.AioRpcError) -> None:
+    async def wait(self, reason: str) -> None:
         """Until the next attempt, or the deadline."""
         delay, left = self._backoff.next_s(), self.remaining_s()
-        extra = {"job_id": self.rest.job_id, "after": self.rest.after, "reason": error.code().name}
+        extra = {"job_id": self.rest.job_id, "after": self.rest.after, "reason": reason}
         _log.info("watch broken, to be opened again", extra={**extra, "retry_in_s": round(delay, 3)})
         await asyncio.sleep(delay if left is None else min(delay, left))
         if left is not None and left <= delay:
