@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -34,10 +35,13 @@ def place(model: Path, tmp_path: Path) -> Place:
     return Place(tmp_path, model, save_dataset(tmp_path / "chats.jsonl"))
 
 
-def processes_in(place: Place) -> list[str]:
-    """Processes that train below a place."""
-    found = [path.read_bytes().replace(b"\0", b" ").decode() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    return [line for line in found if "lmesh_trainer.process" in line and str(place.folder) in line]
+def processes_in(place: Place, module: str = "lmesh_trainer.process") -> list[str]:
+    """Processes that train, or answer a query, below a place."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if module in line and str(place.folder) in line]
 
 
 async def test_a_job_runs_to_its_adapter(place: Place) -> None:
@@ -138,12 +142,14 @@ async def test_a_newer_lease_takes_the_job_on_from_its_checkpoint(place: Place) 
 
 
 async def test_killed_with_its_trainer_it_goes_on_in_the_next_boot(place: Place) -> None:
-    job = place.spec(max_steps=400, save_steps=5)
+    job = place.spec(max_steps=200, save_steps=5)
     async with scheduler() as (told, address):
         async with trainer_process(place, address, id="one") as process:
             old = told.start("job", 1, job)
             await told.stepped(old, 12)
             process.send_signal(signal.SIGKILL)
+            await process.wait()
+            await until(lambda: not processes_in(place), 10)  # nobody is left to train for
         seen = told.losses(old)
         async with trainer_process(place, address, id="one"):
             await until(lambda: len(told.hellos) == 2, 60)
@@ -152,7 +158,7 @@ async def test_killed_with_its_trainer_it_goes_on_in_the_next_boot(place: Place)
             new = told.start("job", 2, job)
             assert (await told.end(new)).state == COMPLETED
     first = next(told.of(new, "step")).global_step
-    alone = run(plain_spec(place.model, place.rows, max_steps=400, save_steps=LONG), place.folder / "alone").losses
+    alone = run(plain_spec(place.model, place.rows, max_steps=200, save_steps=LONG), place.folder / "alone").losses
     assert first > 5 and seen == alone[: len(seen)]
     assert told.losses(new) == alone[first - 1 :]
 
@@ -258,6 +264,45 @@ async def test_queries(place: Place, tmp_path: Path) -> None:
         start = training_pb2.LoraSpec(start=f"artifact:{made.artifact}")
         assert (await told.answer(8, validate=place.spec(lora=start))).validated.plan.trained_parameters > 0
         assert not list((place.folder / "artifacts/jobs/.queries").iterdir())
+
+
+async def test_queries_end_with_the_stream_that_asked(place: Place) -> None:
+    async with running_trainer(place) as running:
+        told = running.scheduler
+        query = trainers_pb2.Query(query_id=1, validate=place.spec())
+        told.commands.put_nowait(trainers_pb2.JoinResponse(queries=[query]))
+        await until(lambda: bool(processes_in(place, "lmesh_trainer.queries.process")))
+        told.commands.put_nowait(None)
+        await until(lambda: len(told.hellos) == 2 and not processes_in(place, "lmesh_trainer.queries.process"))
+        assert (await told.answer(2, validate=place.spec(epochs=-1.0))).failure.reason == "BAD_SPEC"
+        assert 1 not in told.answers
+
+
+async def test_more_than_its_slots_wait(place: Place) -> None:
+    async with running_trainer(place) as running:
+        told = running.scheduler
+        first = told.start("first", 1, place.spec(max_steps=LONG))
+        second = told.start("second", 2, place.spec(max_steps=2))
+        third = told.start("third", 3, place.spec(max_steps=2))
+        await told.stepped(first, 2)
+        assert not told.taken[second]
+        told.ask(third, trainers_pb2.WISH_CANCEL)
+        told.ask(first, trainers_pb2.WISH_CANCEL)
+        assert (await told.end(second)).state == COMPLETED
+        assert (await told.end(third)).state == CANCELLED and len(told.taken[third]) == 1
+
+
+async def test_the_process_leaves_at_sigterm_and_says_what_it_cannot_use(place: Place) -> None:
+    async with scheduler() as (told, address):
+        async with trainer_process(place, address) as process:
+            await until(lambda: bool(told.hellos), 60)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 20) == 0
+        async with trainer_process(place, address, device="xpu") as process:
+            assert await asyncio.wait_for(process.wait(), 60) == 1
+        async with trainer_process(place, address, slots="0") as process:
+            assert await asyncio.wait_for(process.wait(), 60) == 2
+        assert len(told.hellos) == 1 and told.hellos[0].trainer_id.startswith("trainer-")
 
 
 async def test_a_query_out_of_time(place: Place) -> None:

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,6 +41,16 @@ class Line:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._buffer = b""
+        threading.Thread(target=self._leave_with_server, daemon=True).start()
+
+    def _leave_with_server(self) -> None:
+        """Ends the process when the server is gone, also while a model loads and nothing is said for minutes: another
+        trainer may be waiting for the folder. What is on disk is whole at any moment.
+        """
+        gone = select.poll()
+        gone.register(self._socket, getattr(select, "POLLRDHUP", 0))  # POLLHUP is always told
+        gone.poll()
+        os._exit(1)
 
     def report(self, event: events.Event) -> None:
         """Tells the server. Raises ServerGoneError."""

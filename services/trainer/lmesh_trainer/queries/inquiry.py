@@ -23,6 +23,7 @@ async def inquire(question: Question, folder: Path, *, timeout_s: float) -> Repl
         *(sys.executable, "-P", "-m", _MODULE, "--folder", str(folder)),
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, "LMESH_DIE_WITH_PARENT": str(os.getpid())},
     )
     try:
         async with asyncio.timeout(timeout_s):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+from lmesh_chassis import lifecycle
 from lmesh_kernels import platforms
 from lmesh_kernels.lora.peft_config import AdapterFilesError
 from lmesh_kernels.lora.peft_files import read_adapter
@@ -75,6 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     folder: Path = parser.parse_args().folder
+    lifecycle.die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     question = msgspec.msgpack.decode((folder / questions.QUESTION_FILE).read_bytes(), type=Question)
     try:
