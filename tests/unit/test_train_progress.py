@@ -141,6 +141,7 @@ class TestReport:
         screen = Screen()
         show_report(REPORT, PLAN, screen.console)
         text = "\n".join(screen.lines)
+        assert "first row (trained tokens stand in [brackets]):" in text
         assert "user: hi [Ahoy]" in text
         assert "\x1b" not in text
         rows = {" ".join(line.split()) for line in screen.lines}

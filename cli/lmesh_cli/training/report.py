@@ -20,7 +20,7 @@ def show_report(dataset: DatasetReport, plan: MemoryPlan, console: Console) -> N
     console.print(dataset_table(dataset))
     if dataset.preview:
         hint = "trained tokens are coloured" if console.is_terminal else "trained tokens stand in [brackets]"
-        console.print(f"first row ({hint}):", style="bold", highlight=False)
+        console.print(f"first row ({hint}):", style="bold", highlight=False, markup=False)
         row = dataset.preview[0]
         console.print(coloured(row) if console.is_terminal else Text(bracketed(row)), soft_wrap=True)
     console.print(plan_table(plan))
