@@ -258,6 +258,19 @@ def test_stop_resume_and_cancel(client: TrainingClient, dataset: str) -> None:
     assert client.ended(third).state == pb.JOB_STATE_CANCELLED
 
 
+def test_a_job_goes_on_from_a_published_adapter(
+    client: TrainingClient, dataset: str, adapters: dict[str, pb.Adapter]
+) -> None:
+    first = client.losses(adapters["one"].job_id)
+    wanted = spec(dataset, steps=3)
+    wanted.lora.start = "one@1"
+    job = client.create(wanted)
+    assert client.ended(job).state == pb.JOB_STATE_COMPLETED
+    assert client.losses(job)[1] < first[1] / 2
+    wanted.lora.start = "nobody"
+    assert refused(lambda: client.create(wanted)) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
 def test_what_is_wrong_is_said_before_anything_runs(client: TrainingClient, dataset: str, tmp_path: Path) -> None:
     validate = lambda wanted: client.training.ValidateJob(pb.ValidateJobRequest(spec=wanted), timeout=120)  # noqa: E731
     found = validate(spec(dataset))
@@ -273,9 +286,11 @@ def test_what_is_wrong_is_said_before_anything_runs(client: TrainingClient, data
         assert code is grpc.StatusCode.INVALID_ARGUMENT and reason
         job = client.ended(client.create(wanted))
         assert (job.state, job.reason) == (pb.JOB_STATE_FAILED, reason) and job.message
-    nothing = pb.CreateJobRequest(spec=pb.JobSpec(model=MODEL))
-    create = lambda: client.training.CreateJob(nothing, timeout=30)  # noqa: E731
-    assert refused(create) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+    path = spec(dataset)
+    path.model = "/models/secret"
+    for wanted in (pb.JobSpec(model=MODEL), path):
+        create = lambda w=wanted: client.create(w)  # noqa: E731
+        assert refused(create) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
 
 
 def test_a_deleted_adapter_is_gone(client: TrainingClient, adapters: dict[str, pb.Adapter]) -> None:

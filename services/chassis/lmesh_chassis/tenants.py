@@ -33,6 +33,9 @@ class Tenant:
     tokens_per_minute: int = 0  # prompt and new tokens together
 
 
+# Metadata of a gateway's calls for a client: whose they are. Services believe their gateways, and those no client.
+TENANT_METADATA = "x-lmesh-tenant"
+
 # Who calls where there is no tenants file: everything is open, and nothing is limited.
 ANYONE = Tenant(id="", key_digests=())
 

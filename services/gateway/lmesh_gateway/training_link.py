@@ -17,6 +17,7 @@ from lmesh_chassis.backoff import Backoff
 from lmesh_chassis.channel import connect
 from lmesh_chassis.errors import RemoteError, from_rpc_error
 from lmesh_chassis.interceptors import internal_error
+from lmesh_chassis.tenants import TENANT_METADATA
 from lmesh_chassis.tls import PLAIN, Tls
 
 from lmesh_gateway.errors import (
@@ -32,7 +33,6 @@ _log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-TENANT_KEY = "x-lmesh-tenant"  # whose call it is; the scheduler believes its gateways, and they nobody
 _RETRY_MS = 1000
 _LONGEST_WAIT_S = 1.0
 _ENDED = frozenset(
@@ -166,7 +166,7 @@ async def _read(call: Any) -> pb.WatchJobResponse | None:  # noqa: ANN401 - grpc
 
 def _metadata(tenant: str) -> tuple[tuple[str, str], ...]:
     """Nothing of the client's own goes on: what it says of its tenant is worth nothing."""
-    return ((TENANT_KEY, tenant), *tracing.outgoing_metadata())
+    return ((TENANT_METADATA, tenant), *tracing.outgoing_metadata())
 
 
 def _broke(error: RemoteError) -> bool:

@@ -53,6 +53,13 @@ class StoredEvent(NamedTuple):
     body: bytes
 
 
+class Place(NamedTuple):
+    """Where a trainer finds what a job is made of."""
+
+    source: str  # of the model
+    start: str  # artifact:<digest> of the adapter that it goes on from; empty for none
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One job. `spec` is a serialised lmesh.training.v1.JobSpec, `last_step` a serialised Step."""
@@ -61,6 +68,7 @@ class Job:
     tenant: str
     model: str  # as the client named it
     source: str  # where its files are
+    start: str = ""  # artifact of the adapter that it goes on from
     spec: bytes
     publish_as: str = ""
     created: float = 0.0

@@ -14,9 +14,10 @@ from lmesh_scheduler.adapters.publishing import Offer, Publisher
 from lmesh_scheduler.adapters.registry import AdapterRegistry, Published
 from lmesh_scheduler.adapters.store import AdapterStore
 from lmesh_scheduler.config import SchedulerSettings
+from lmesh_scheduler.errors import AdapterNotFoundError
 from lmesh_scheduler.scheduler import Scheduler
 from lmesh_scheduler.training.desk import TrainingDesk
-from lmesh_scheduler.training.jobs import Job
+from lmesh_scheduler.training.jobs import Job, Place
 from lmesh_scheduler.training.query_link import Queries
 from lmesh_scheduler.training.store import JobStore
 from lmesh_scheduler.training.wire import order_spec, published_event, state_event
@@ -60,10 +61,25 @@ class Office:
         """Workers that hold it now."""
         return self._scheduler.residency.holders(entry.model, entry.digest)
 
-    def create(self, job_id: str, tenant: str, model: str, spec: bytes, publish_as: str) -> Job:
+    def place(self, tenant: str, model: str, start: str) -> Place:
+        """Where the model's files are, and those of the adapter that it starts from.
+
+        `start` is a published adapter's digest, name or name@version, or artifact:<digest>. Raises AdapterNotFoundError.
+        """
+        if not start or start.startswith("artifact:"):
+            return Place(self._source(model), start)
+        name, at, version = start.partition("@")
+        number = int(version) if version.isdecimal() else -1 if at else 0
+        found = self.adapters.find(tenant, model, name, number)
+        same = [entry for entry in self.adapters.with_digest(start) if entry.tenant == tenant]
+        if found is None and not same:
+            raise AdapterNotFoundError(f"there is no adapter {start!r} of {model}", field="spec.lora.start")
+        return Place(self._source(model), f"artifact:{(found or same[0]).artifact}")
+
+    def create(self, job_id: str, tenant: str, model: str, spec: bytes, place: Place, publish_as: str) -> Job:
         """A new job."""
-        source = self._source(model)
-        job = Job(id=job_id, tenant=tenant, model=model, source=source, spec=spec, publish_as=publish_as)
+        source, start = place
+        job = Job(id=job_id, tenant=tenant, model=model, source=source, start=start, spec=spec, publish_as=publish_as)
         self.desk.create(job)
         return job
 

@@ -32,11 +32,8 @@ class Queries:
         self._waiting: dict[int, tuple[Trainer, asyncio.Future[bytes]]] = {}
 
     async def validate(self, spec: pb.JobSpec) -> pb.ValidateJobResponse:
-        """A dry run."""
-        resolved = pb.JobSpec()
-        resolved.CopyFrom(spec)
-        resolved.model = self._source_of(spec.model)
-        return (await self._ask(trainers_pb2.Query(validate=resolved), VALIDATE_S)).validated
+        """A dry run of a spec that is placed."""
+        return (await self._ask(trainers_pb2.Query(validate=spec), VALIDATE_S)).validated
 
     async def inspect(self, artifact: str) -> pb.Made:
         """What an uploaded adapter is."""

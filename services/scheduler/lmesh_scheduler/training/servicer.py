@@ -11,6 +11,7 @@ from typing import Any
 from lmesh.training.v1 import training_pb2 as pb
 from lmesh.training.v1 import training_pb2_grpc
 from lmesh_chassis.errors import InvalidArgumentError
+from lmesh_chassis.tenants import TENANT_METADATA
 from redis.exceptions import RedisError
 
 from lmesh_scheduler.adapters.publishing import Offer, check_name
@@ -25,10 +26,9 @@ from lmesh_scheduler.errors import (
 )
 from lmesh_scheduler.training.jobs import Job, JobState, JobTransitionError, StoredEvent, Wish
 from lmesh_scheduler.training.office import Office
-from lmesh_scheduler.training.wire import adapter_message, event_message, job_message
+from lmesh_scheduler.training.wire import adapter_message, event_message, job_message, placed
 
 SERVICE_NAME = "lmesh.training.v1.TrainingService"
-TENANT = "x-lmesh-tenant"  # set by gateways, which let no client's through
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BATCH = 256  # events of one message
 
@@ -61,7 +61,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         spec = request.spec.SerializeToString(deterministic=True)
         known = self._office.desk.jobs.find(job_id)
         if known is None:
-            known = self._office.create(job_id, tenant, request.spec.model, spec, request.publish_as)
+            place = self._office.place(tenant, request.spec.model, request.spec.lora.start)
+            known = self._office.create(job_id, tenant, request.spec.model, spec, place, request.publish_as)
         elif (known.tenant, known.spec, known.publish_as) != (tenant, spec, request.publish_as):
             raise JobExistsError(f"job id {job_id} is another job's; choose another", field="job_id")
         return pb.CreateJobResponse(job=job_message(known))
@@ -69,7 +70,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def ValidateJob(self, request: pb.ValidateJobRequest, context: RpcContext) -> pb.ValidateJobResponse:
         """See the proto."""
         _check_spec(request.spec)
-        return await self._office.queries.validate(request.spec)
+        place = self._office.place(_tenant(context), request.spec.model, request.spec.lora.start)
+        return await self._office.queries.validate(placed(request.spec, place))
 
     async def GetJob(self, request: pb.GetJobRequest, context: RpcContext) -> pb.GetJobResponse:
         """See the proto."""
@@ -236,13 +238,18 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
 
 def _tenant(context: RpcContext) -> str:
-    value = dict(context.invocation_metadata() or ()).get(TENANT, "")
+    value = dict(context.invocation_metadata() or ()).get(TENANT_METADATA, "")
     return value if isinstance(value, str) else ""
 
 
 def _check_spec(spec: pb.JobSpec) -> None:
     if not spec.model:
         raise InvalidArgumentError("spec.model: name a served model or a source", field="spec.model")
+    if spec.model.startswith(("/", ".", "~")) or ".." in spec.model or "\\" in spec.model:
+        raise InvalidArgumentError(
+            "spec.model: a path is the operator's to serve; name a served model, hub:<owner>/<name> or packaged:<name>",
+            field="spec.model",
+        )
     if not spec.dataset.source:
         raise InvalidArgumentError(
             "spec.dataset.source: artifact:<digest>/<file> of an upload, or hub:<owner>/<name>",

@@ -36,7 +36,7 @@ return 1
 )
 _NUMBERS = ("lease", "lease_seq", "attempts", "last_event")
 _TIMES = ("created", "changed")
-_TEXTS = ("tenant", "model", "source", "publish_as", "reason", "message", "trainer_id")
+_TEXTS = ("tenant", "model", "source", "start", "publish_as", "reason", "message", "trainer_id")
 _MADE = ("artifact", "adapter_digest", "manifest")
 _BYTES = ("spec", "last_step")
 

@@ -9,7 +9,7 @@ from lmesh.training.v1 import training_pb2 as pb
 from lmesh_scheduler.adapters.registry import Published
 from lmesh_scheduler.catalog_wire import timestamp
 from lmesh_scheduler.training.desk import Ended, Made, Report
-from lmesh_scheduler.training.jobs import LIVE, Job, JobState, StoredEvent
+from lmesh_scheduler.training.jobs import LIVE, Job, JobState, Place, StoredEvent
 from lmesh_scheduler.training.trainers import Ack, Order, Query, RunAsk, Told, TrainerHello
 
 _STATES = {state: pb.JobState.Value(f"JOB_STATE_{state.value}") for state in JobState}
@@ -74,10 +74,18 @@ def adapter_message(entry: Published, workers: int) -> pb.Adapter:
 
 
 def order_spec(job: Job) -> bytes:
-    """The spec that a trainer is sent: the model is where its files are."""
-    spec = pb.JobSpec.FromString(job.spec)
-    spec.model = job.source
-    return spec.SerializeToString()
+    """The spec that a trainer is sent."""
+    return placed(pb.JobSpec.FromString(job.spec), Place(job.source, job.start)).SerializeToString()
+
+
+def placed(spec: pb.JobSpec, place: Place) -> pb.JobSpec:
+    """The spec with the model and the adapter to go on from as a trainer finds them."""
+    made = pb.JobSpec()
+    made.CopyFrom(spec)
+    made.model = place.source
+    if place.start:
+        made.lora.start = place.start
+    return made
 
 
 def hello_of(hello: trainers_pb2.TrainerHello) -> TrainerHello:

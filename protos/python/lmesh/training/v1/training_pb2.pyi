@@ -200,7 +200,9 @@ class LoraSpec(_message.Message):
     use_dora: _builtins.bool
     """Weight-decomposed adapters."""
     start: _builtins.str
-    """Digest of a published adapter, or artifact:<digest> of an uploaded folder, to go on from; its shape is taken."""
+    """Adapter to go on from, whose shape is taken: a published one of this model by name, name@version or digest, or
+    artifact:<digest> of an uploaded folder.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names or one regular expression; default all-linear."""
