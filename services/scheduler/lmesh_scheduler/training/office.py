@@ -64,7 +64,8 @@ class Office:
     def place(self, tenant: str, model: str, start: str) -> Place:
         """Where the model's files are, and those of the adapter that it starts from.
 
-        `start` is a published adapter's digest, name or name@version, or artifact:<digest>. Raises AdapterNotFoundError.
+        `start` is a published adapter's digest, name or name@version, or artifact:<digest>.
+        Raises AdapterNotFoundError.
         """
         if not start or start.startswith("artifact:"):
             return Place(self._source(model), start)
