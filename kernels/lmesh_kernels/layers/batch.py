@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lmesh_kernels.ops.segmented_lora import AdapterRows
+from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,4 +31,4 @@ class PagedBatch:
     max_kv: int
     q_lens_host: tuple[int, ...]
     kv_lens_host: tuple[int, ...]
-    adapters: AdapterRows = ()  # rows that run with an adapter; the others are the base's alone
+    adapters: AdapterRows = NO_ADAPTERS  # rows that run with an adapter; the others are the base's alone

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmesh_kernels.ops.linear import linear, pack
-from lmesh_kernels.ops.segmented_lora import AdapterRows, add_adapters_
+from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, add_adapters_
 from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 
@@ -43,7 +43,7 @@ class Linear(nn.Module):
         assert self.weight is not None
         return self.weight
 
-    def forward(self, x: Tensor, adapters: AdapterRows = ()) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         """x [T, inputs], and which of its rows have adapters; returns [T, outputs]."""
         y = linear(x, self.matrix(), self.bias, self._packed)
         if adapters:

@@ -13,6 +13,8 @@ from lmesh_kernels.lora.sites import Site, SiteShape, sites
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.low_rank import LowRank, Part
 from lmesh_kernels.ops.segmented_lora import ServedProduct
+from lmesh_kernels.ops.segmented_plan import directory_of
+from lmesh_kernels.ops.trained import value
 
 
 class AdapterBankError(ValueError):
@@ -31,6 +33,8 @@ class Resident:
     products: Mapping[str, ServedProduct]  # by the name of the fused product
     bytes: int
     rank: int  # the largest
+    most_ranks: int  # of one product, its parts together
+    directory: Tensor  # where all of it lies, for the Triton form
 
 
 class AdapterBank:
@@ -39,6 +43,13 @@ class AdapterBank:
     def __init__(self, decoder: Decoder, *, max_bytes: int) -> None:
         self._decoder, self._max_bytes = decoder, max_bytes
         self._residents: dict[str, Resident] = {}
+        names = dict.fromkeys(shape.slot for shape in sites(decoder.config).values())
+        self.numbers = {name: number for number, name in enumerate(names)}  # products, as directories have them
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether batches read it by tiles, in the Triton form of `ops.segmented_lora`."""
+        return self._decoder.arena.device.type == "cuda"
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -70,7 +81,18 @@ class AdapterBank:
             said = f"{size} bytes, and all adapters together have {self._max_bytes}"
             raise AdapterBankError("ADAPTER_TOO_LARGE", said)
         rank = max(factors.rank for factors in adapter.values())
-        return Resident(digest=digest, products=products, bytes=size, rank=rank)
+        return Resident(
+            digest=digest,
+            products=products,
+            bytes=size,
+            rank=rank,
+            most_ranks=max(value(product.low.a).shape[0] for product in products.values()),
+            directory=self._directory(products),
+        )
+
+    def _directory(self, products: Mapping[str, ServedProduct]) -> Tensor:
+        told = {name: (product.low, product.factors) for name, product in products.items()}
+        return directory_of(told, self.numbers, self._decoder.arena.device)
 
     def hold(self, resident: Resident) -> None:
         """Makes it available. Raises AdapterBankError ADAPTER_BANK_FULL: something must be let go first."""
@@ -96,7 +118,7 @@ class AdapterBank:
         return ServedProduct(low=LowRank(a=a, parts=tuple(parts)), factors=tuple(factors))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._decoder.arena.device, self._decoder.dtype, copy=True)
+        return tensor.to(self._decoder.arena.device, self._decoder.dtype, copy=True).contiguous()
 
     def _factor(self, slot: str, shape: SiteShape, own: Factors) -> Tensor | None:
         if own.magnitude is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.low_rank import LowRank, add_outer_, inner
+from lmesh_kernels.ops.segmented_plan import SegmentPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,8 +32,18 @@ class AdapterSegment:
     products: Mapping[str, ServedProduct]
 
 
-AdapterRows = Sequence[AdapterSegment]
-"""Segments of one batch; no row is in two of them."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AdapterRows:
+    """Rows of one batch that run with adapters; no row is in two segments. On a CUDA device `plan` says it instead."""
+
+    segments: tuple[AdapterSegment, ...] = ()
+    plan: SegmentPlan | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.segments) or self.plan is not None
+
+
+NO_ADAPTERS = AdapterRows()
 
 
 def add_adapters_(y: Tensor, x: Tensor, slot: str, adapters: AdapterRows, bias: Tensor | None) -> None:
@@ -40,12 +51,19 @@ def add_adapters_(y: Tensor, x: Tensor, slot: str, adapters: AdapterRows, bias: 
 
     y is x @ weight.T + bias: DoRA's factors scale all of it but the bias [outputs].
     """
-    add_adapters_reference_(y, x, slot, adapters, bias)
+    if adapters.plan is None:
+        add_adapters_reference_(y, x, slot, adapters.segments, bias)
+    else:
+        from lmesh_kernels.ops.segmented_lora_kernels import add_adapters_triton_  # needs triton, which CPUs do without
+
+        add_adapters_triton_(y, x, slot, adapters.plan, bias)
 
 
-def add_adapters_reference_(y: Tensor, x: Tensor, slot: str, adapters: AdapterRows, bias: Tensor | None) -> None:
+def add_adapters_reference_(
+    y: Tensor, x: Tensor, slot: str, segments: Sequence[AdapterSegment], bias: Tensor | None
+) -> None:
     """As `add_adapters_`, in plain torch: two thin products a segment and site."""
-    for segment in adapters:
+    for segment in segments:
         product = segment.products.get(slot)
         if product is None:
             continue

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import numpy as np
 from lmesh_kernels.layers.batch import PagedBatch
-from lmesh_kernels.lora.bank import AdapterBank
+from lmesh_kernels.lora.bank import AdapterBank, Resident
 from lmesh_kernels.ops.sample import SampleHints, seed_to_int64
-from lmesh_kernels.ops.segmented_lora import AdapterRows, AdapterSegment
+from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
+from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
 from torch import Tensor
 
 from lmesh_worker.engine.buffers import StepBuffers
@@ -66,7 +67,7 @@ def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int, bank: Ad
 
 
 def _adapters(rows: list[Row], buffers: StepBuffers, begins: list[int], bank: AdapterBank) -> AdapterRows:
-    """The step's tokens by adapter: as a slice where they lie in one piece, else by their indices."""
+    """The step's tokens by adapter."""
     pieces: dict[str, list[tuple[int, int]]] = {}
     for index, row in enumerate(rows):
         if not row.sequence.adapter:
@@ -76,17 +77,41 @@ def _adapters(rows: list[Row], buffers: StepBuffers, begins: list[int], bank: Ad
             own[-1] = (own[-1][0], end)
         else:
             own.append((begin, end))
-    return tuple(_segment(digest, own, buffers, bank) for digest, own in pieces.items())
+    if not pieces:
+        return NO_ADAPTERS
+    residents = [_resident(bank, digest) for digest in pieces]
+    if bank.on_cuda:
+        return AdapterRows(plan=_tiles(residents, [_indices(own) for own in pieces.values()], buffers, bank))
+    return AdapterRows(segments=tuple(map(_segment, residents, pieces.values(), repeat(buffers))))
 
 
-def _segment(digest: str, pieces: list[tuple[int, int]], buffers: StepBuffers, bank: AdapterBank) -> AdapterSegment:
+def _resident(bank: AdapterBank, digest: str) -> Resident:
     resident = bank.get(digest)
     if resident is None:
         raise LookupError(f"adapter {digest} was let go while a sequence ran with it")
+    return resident
+
+
+def _indices(pieces: list[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([np.arange(begin, end) for begin, end in pieces])
+
+
+def _segment(resident: Resident, pieces: list[tuple[int, int]], buffers: StepBuffers) -> AdapterSegment:
+    """As a slice where its rows lie in one piece, else by their indices."""
     if len(pieces) == 1:
         return AdapterSegment(rows=slice(*pieces[0]), products=resident.products)
-    indices = np.concatenate([np.arange(begin, end) for begin, end in pieces])
+    indices = _indices(pieces)
     return AdapterSegment(rows=buffers.int64.put(indices, len(indices)), products=resident.products)
+
+
+def _tiles(residents: list[Resident], rows: list[np.ndarray], buffers: StepBuffers, bank: AdapterBank) -> SegmentPlan:
+    def put(values: np.ndarray) -> Tensor:
+        packed = buffers.int64 if values.dtype == np.int64 else buffers.int32
+        return packed.put(values.reshape(-1), values.size).view(values.shape)
+
+    directories = [resident.directory for resident in residents]
+    most = max(resident.most_ranks for resident in residents)
+    return plan_segments(rows, directories, bank.numbers, most, put=put)
 
 
 def _batch(
