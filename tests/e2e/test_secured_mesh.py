@@ -18,7 +18,7 @@ def secured(folder: Path) -> tuple[dict[str, str], str]:
     pair = authority.issue("mesh", "127.0.0.1")
     files = {"TLS_CERT_FILE": pair.cert, "TLS_KEY_FILE": pair.key, "TLS_CA_FILE": authority.ca}
     env = {f"LMESH_{name}": path for name, path in files.items()}
-    for service in ("GATEWAY", "SCHEDULER", "WORKER"):
+    for service in ("GATEWAY", "SCHEDULER", "WORKER", "TRAINER"):
         env |= {f"LMESH_{service}_{name}": path for name, path in files.items()}
     env |= {f"LMESH_{service}_TLS_REQUIRE_CLIENT_CERT": "true" for service in ("SCHEDULER", "WORKER")}
     return env, other.ca

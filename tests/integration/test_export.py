@@ -178,3 +178,12 @@ def test_values_beyond_float16(tiny: ModelFiles, tmp_path: Path) -> None:
     huge = [("model.embed_tokens.weight", torch.full((258, 64), 1e6))]
     with pytest.raises(JobError, match="beyond float16"):
         write_gguf(tmp_path / "x.gguf", huge, files=tiny, config=config, kind=GgufKind.F16)
+
+
+def test_what_was_trained_on_nf4_is_merged_into_it(tiny: ModelFiles, tmp_path: Path) -> None:
+    adapter = random_adapter(tiny)
+    done = export(tiny, adapter, tmp_path / "out", ExportKind.FLOAT32, nf4=True)
+    assert done.survival == pytest.approx(1.0) and done.mean_difference < 1e-4
+    plain = export(tiny, adapter, tmp_path / "plain", ExportKind.FLOAT32)
+    assert plain.mean_difference < 1e-4
+    assert not torch.allclose(logits(local_files(tmp_path / "out")), logits(local_files(tmp_path / "plain")), atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,13 +12,15 @@ from prometheus_client.registry import Collector
 
 from lmesh_scheduler.journal import Journal
 from lmesh_scheduler.scheduler import Scheduler
+from lmesh_scheduler.training.jobs import JobState
+from lmesh_scheduler.training.office import Office
 
 
 class SchedulerCollector(Collector):
     """Gauges and counters of one scheduler."""
 
-    def __init__(self, scheduler: Scheduler, journal: Journal) -> None:
-        self._scheduler, self._journal = scheduler, journal
+    def __init__(self, scheduler: Scheduler, journal: Journal, office: Office) -> None:
+        self._scheduler, self._journal, self._office = scheduler, journal, office
 
     def collect(self) -> Iterator[Metric]:
         """The current values."""
@@ -41,6 +44,21 @@ class SchedulerCollector(Collector):
         yield _counter("lmesh:scheduler_refused_transitions", "State changes that the table does not have.", refused)
         yield _counter("lmesh:scheduler_journal_dropped", "States pushed out of a full buffer.", journal.dropped)
         yield _counter("lmesh:scheduler_journal_conflicts", "Records not as they were left.", journal.conflicts)
+        yield from self._training()
+
+    def _training(self) -> Iterator[Metric]:
+        office = self._office
+        trainers = len(office.desk.trainers.all())
+        yield _gauge("lmesh:scheduler_trainers", "Trainers known.", trainers)
+        states = Counter(job.state.value for job in office.desk.jobs.all())
+        jobs = GaugeMetricFamily("lmesh:scheduler_jobs", "Training jobs, by state.", labels=["state"])
+        for state in JobState:
+            jobs.add_metric([state.value], states[state.value])
+        yield jobs
+        yield _gauge("lmesh:scheduler_adapters", "Versions of adapters that are published.", len(office.adapters.all()))
+        mismatches = office.publisher.recipe_mismatches
+        text = "Adapters published on another quantisation than they were trained on, as asked for."
+        yield _counter("lmesh:scheduler_recipe_mismatches", text, mismatches)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -59,9 +77,9 @@ def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> Me
 
 
 @contextmanager
-def exposed(registry: CollectorRegistry, scheduler: Scheduler, journal: Journal) -> Iterator[None]:
+def exposed(registry: CollectorRegistry, scheduler: Scheduler, journal: Journal, office: Office) -> Iterator[None]:
     """The scheduler's metrics are among a registry's for as long as this lasts."""
-    collector = SchedulerCollector(scheduler, journal)
+    collector = SchedulerCollector(scheduler, journal, office)
     registry.register(collector)
     try:
         yield

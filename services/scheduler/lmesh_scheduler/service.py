@@ -103,7 +103,7 @@ class SchedulerService:
 
     async def run(self, shutdown: Shutdown) -> int:
         """Serves until `shutdown` (0) or until a newer scheduler takes over (1)."""
-        with metrics.exposed(REGISTRY, self.scheduler, self._journal):
+        with metrics.exposed(REGISTRY, self.scheduler, self._journal, self.office):
             page = await self._metrics_page()
             try:
                 await self._find_orphans()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from lmesh_kernels.lora.factors import Adapter, merged
+from lmesh_kernels.lora.sites import sites
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.registry import read_tensors
 from lmesh_kernels.models.weights import IGNORABLE, bindings
-from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise
+from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise, quantise
 from lmesh_kernels.text.resolve import ModelFiles
 from torch import Tensor
 
@@ -45,25 +46,36 @@ class Survival:
 
 
 def merged_tensors(
-    files: ModelFiles, config: ModelConfig, adapter: Adapter, dtype: torch.dtype, survival: Survival, stored: Stored
+    files: ModelFiles,
+    config: ModelConfig,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    survival: Survival,
+    stored: Stored,
+    *,
+    nf4: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint in `dtype`, rounded once, after the merge in float32; `survival` is counted.
 
-    Copies that a tied checkpoint carries are left out. Raises JobError ADAPTER_MISFIT when a site has no tensor.
+    With `nf4` the base is what loading in NF4 makes of it, as the adapter was trained on. Copies that a tied checkpoint
+    carries are left out. Raises JobError ADAPTER_MISFIT when a site has no tensor.
     """
-    sites = {f"{site.theirs}.weight": factors for site, factors in adapter.items()}
+    changes = {f"{site.theirs}.weight": factors for site, factors in adapter.items()}
     known = bindings(config)
+    quantised = {f"{site.theirs}.weight" for site in sites(config)} if nf4 else set()
     for name, tensor in read_tensors(files, config):
         if IGNORABLE.match(name) or (name in known and known[name].duplicate):
             continue
+        if name in quantised and isinstance(tensor, Tensor):
+            tensor = quantise(tensor)
         if isinstance(tensor, Nf4Tensor):
             tensor = dequantise(tensor, torch.float32)
-        factors = sites.pop(name, None)
+        factors = changes.pop(name, None)
         if factors is None:
             yield name, tensor.to(dtype)
             continue
         exact = merged(tensor, factors)
         survival.take(tensor.float(), exact, stored)
         yield name, exact.to(dtype)
-    if sites:
-        raise JobError("ADAPTER_MISFIT", f"the model has no {sorted(sites)[:3]}")
+    if changes:
+        raise JobError("ADAPTER_MISFIT", f"the model has no {sorted(changes)[:3]}")

@@ -138,7 +138,7 @@ class QueryDesk:
         if order.format == "gguf":
             out.mkdir()
         target = out / "model.gguf" if order.format == "gguf" else out
-        return Export(source=source, adapter=adapter, kind=kind, target=str(target))
+        return Export(source=source, adapter=adapter, kind=kind, target=str(target), nf4=order.quantisation == "nf4")
 
     def _stored(self, order: QueryOrder, folder: Path, reply: Reply) -> Reply:
         """The answer with the artifact that belongs to it."""

@@ -67,7 +67,7 @@ def _validate(question: questions.Validate) -> Reply:
 def _export(question: questions.Export) -> Reply:
     files = resolve(question.source)
     adapter = read_adapter(Path(question.adapter), load_config(files)) if question.adapter else {}
-    done = export(files, adapter, Path(question.target), ExportKind(question.kind))
+    done = export(files, adapter, Path(question.target), ExportKind(question.kind), nf4=question.nf4)
     return questions.Exported(survival=done.survival)
 
 

@@ -55,6 +55,7 @@ class Export(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     adapter: str  # folder; empty for a full model
     kind: str  # of lmesh_trainer.export.exporter.ExportKind
     target: str  # a new folder, or a new .gguf file
+    nf4: bool = False  # the adapter was trained on the base in NF4
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True, tag=True):
