@@ -75,6 +75,7 @@ EVERY: dict[str, Any] = {
     "save_steps": 6,
     "keep_checkpoints": 5,
     "early_stop_patience": 2,
+    "report_to": ["tensorboard", "wandb"],
 }
 
 

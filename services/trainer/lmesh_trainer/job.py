@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -34,6 +35,7 @@ from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
+from lmesh_trainer.recorders import Recorded, check_recorders
 from lmesh_trainer.spec import JobSpec
 from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
 
@@ -51,7 +53,9 @@ def run_job(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wis
     What a person can put right ends the job as FAILED with its reason; anything else is raised.
     """
     try:
-        ended = events.Ended(outcome=_run(spec, folder, report, asked))
+        first = not _ranked() or dist.get_rank() == 0
+        with closing(Recorded(report, spec.report_to if first else (), folder)) as recorded:
+            ended = events.Ended(outcome=_run(spec, folder, recorded, asked))
     except (JobError, DatasetError, UnsupportedModelError, WeightsError) as error:
         ended = events.Ended(outcome=events.Outcome.FAILED, reason=error.reason, message=str(error))
     except (ModelNotFoundError, PlatformError) as error:
@@ -66,6 +70,7 @@ def check_job(spec: JobSpec, report: Report) -> None:
 
     Raises what a run would end with.
     """
+    check_recorders(spec.report_to)
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
     config = load_config(files)
@@ -239,7 +244,9 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
         "dataset": msgspec.structs.replace(spec.dataset, source=""),
         "lora": msgspec.structs.replace(spec.lora, start=start_digest(spec)),
     }
-    same = msgspec.structs.replace(spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", **places)
+    same = msgspec.structs.replace(
+        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), **places
+    )
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
     digest.update(data_digest(dataset).encode())

@@ -101,6 +101,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     save_steps: int = 0  # 0: at the end of each epoch
     keep_checkpoints: int = 2
     early_stop_patience: int = 0  # evaluations without a better loss; 0: never stop early
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the numbers go besides
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_steps", "micro_tokens", "threads", "seed", "eval_steps", "save_steps")

@@ -389,6 +389,7 @@ class JobSpec(_message.Message):
     SAVE_STEPS_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     EARLY_STOP_PATIENCE_FIELD_NUMBER: _builtins.int
+    REPORT_TO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A served model's id, or a source that the trainer resolves."""
     method: _builtins.str
@@ -429,6 +430,10 @@ class JobSpec(_message.Message):
     def optimiser(self) -> Global___OptimiserSpec:
         """How to step."""
 
+    @_builtins.property
+    def report_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the numbers go besides: tensorboard (event files in the job's folder), wandb."""
+
     def __init__(
         self,
         *,
@@ -449,10 +454,11 @@ class JobSpec(_message.Message):
         save_steps: _builtins.int | None = ...,
         keep_checkpoints: _builtins.int | None = ...,
         early_stop_patience: _builtins.int | None = ...,
+        report_to: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "optimiser", b"optimiser", "precision", b"precision", "recompute", b"recompute", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "optimiser", b"optimiser", "precision", b"precision", "recompute", b"recompute", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "optimiser", b"optimiser", "precision", b"precision", "recompute", b"recompute", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
