@@ -136,6 +136,8 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a list": ("BAD_CONFIG", lambda folder: (folder / CONFIG_FILE).write_text("[]")),
     "rank 0": ("BAD_CONFIG", _settings(r=0)),
     "no rank": ("BAD_CONFIG", _settings(r=None)),
+    "a pattern without end": ("BAD_CONFIG", _settings(target_modules=r"(.|\w|[._])*(?<=0)")),
+    "a long pattern": ("BAD_CONFIG", _settings(target_modules="a" * 2000)),
     "a broken pattern": ("BAD_CONFIG", _settings(rank_pattern={"(": 4})),
     "another kind": ("UNSUPPORTED_SETTING", _settings(peft_type="IA3")),
     "biases": ("UNSUPPORTED_SETTING", _settings(bias="all")),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import regex
 
 from lmesh_kernels.lora.sites import Site
 
 Number = TypeVar("Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
+_MATCH_S, _LONGEST_PATTERN = 0.2, 1024
 # Read, or without a meaning once the adapter is trained. Whatever else is set is refused.
 _READ = {"peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
 _READ |= {"layers_to_transform", "layers_pattern", "use_rslora", "use_dora", "bias", "init_lora_weights"}
@@ -66,12 +68,22 @@ def _named(name: str, wanted: str | tuple[str, ...]) -> bool:
     if wanted == "all-linear":
         return True
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return _matches(wanted, name)
     return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
+def _matches(pattern: str, name: str) -> bool:
+    """Patterns come from clients: one that would run for ever is given up, and meanwhile other threads go on."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=_MATCH_S, concurrent=True) is not None
+    except TimeoutError as error:
+        raise AdapterFilesError(
+            "BAD_CONFIG", f"{pattern[:80]!r} takes too long to match {name}: simplify it"
+        ) from error
+
+
 def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
-    found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    found = (value for key, value in pattern.items() if _matches(rf"(.*\.)?({key})$", name))
     return next(found, default)
 
 
@@ -88,7 +100,7 @@ def read_config(folder: Path) -> PeftConfig:
     _check_supported(told)
     try:
         return _config(told)
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (KeyError, TypeError, ValueError, regex.error) as error:
         raise AdapterFilesError("BAD_CONFIG", f"{CONFIG_FILE}: {error!r}") from error
 
 
@@ -127,13 +139,19 @@ def _config(told: Mapping[str, Any]) -> PeftConfig:
     if min([config.r, *config.rank_pattern.values()]) < 1:
         raise ValueError("every rank must be at least 1")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        re.compile(pattern)
+        _compiled(pattern)
     return config
+
+
+def _compiled(pattern: str) -> None:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(f"a pattern of {len(pattern)} characters; {_LONGEST_PATTERN} are taken")
+    regex.compile(pattern)
 
 
 def _names(told: object) -> str | tuple[str, ...]:
     if isinstance(told, str):
-        re.compile(told)
+        _compiled(told)
         return told
     if isinstance(told, list | tuple) and all(isinstance(name, str) for name in told):
         return tuple(told)
