@@ -76,6 +76,18 @@ def test_a_job_goes_to_a_free_trainer_and_ends() -> None:
     assert [event.seq for event in job.recent] == [1, 2, 3, 4]
 
 
+def test_watchers_hear_what_is_kept() -> None:
+    scene = Scene()
+    job, heard = scene.create(), []
+    job.watchers.add(lambda: heard.append(job.durable_event))
+    scene.trainer()
+    assert (job.last_event, job.durable_event, heard) == (2, 0, [])
+    job.written(1)
+    job.written(0)
+    job.written(1)
+    assert heard == [1, 2] and not job.unwritten
+
+
 def test_repeats_and_older_leases_change_nothing() -> None:
     scene = Scene()
     job, trainer = scene.create(), scene.trainer()

@@ -82,6 +82,7 @@ class Job:
     attempts: int = 0
     wish: Wish = Wish.NONE
     last_event: int = 0
+    durable_event: int = 0  # the last one that Redis has: watchers are told no later one, so none is told twice
     last_step: bytes = b""
     artifact: str = ""
     adapter_digest: str = ""
@@ -91,6 +92,14 @@ class Job:
     version: int = 0  # counts changes, for the writer
     publishing: bool = False  # what it made is on its way into service; then it is COMPLETED
     watchers: set[Callable[[], None]] = field(default_factory=set)
+
+    def written(self, count: int) -> None:
+        """Redis has the first `count` of what was to be written; watchers may have it now."""
+        if count:
+            self.durable_event = self.unwritten[count - 1].seq
+            del self.unwritten[:count]
+            for tell in list(self.watchers):
+                tell()
 
     @property
     def live(self) -> bool:
@@ -137,8 +146,6 @@ class JobTable:
         job.recent.append(event)
         job.unwritten.append(event)
         self.touch(job)
-        for tell in list(job.watchers):
-            tell()
 
     def touch(self, job: Job) -> None:
         """Something of the job changed that is to be written."""

@@ -104,7 +104,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 if events:
                     cursor = events[-1].seq
                     yield events
-                elif not job.live:
+                elif not job.live and cursor >= job.last_event:
                     return
                 else:
                     waiting = asyncio.create_task(woken.wait())
@@ -117,7 +117,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def _after(self, job: Job, cursor: int) -> list[StoredEvent]:
         oldest = job.recent[0].seq if job.recent else job.last_event + 1
         if cursor + 1 >= oldest:
-            return [event for event in job.recent if event.seq > cursor][:_BATCH]
+            return [event for event in job.recent if cursor < event.seq <= job.durable_event][:_BATCH]
         try:
             return await self._office.store.events(job.id, cursor, _BATCH)
         except (RedisError, OSError) as error:

@@ -68,7 +68,7 @@ class JobStore:
         for job in list(self._dirty.values()):
             version, lease, seq, events = job.version, job.lease, job.lease_seq, job.unwritten[:_BATCH]
             await run(self._redis, [self._call(job, events)])
-            del job.unwritten[: len(events)]
+            job.written(len(events))
             if job.version == version and not job.unwritten:
                 self._dirty.pop(job.id, None)
             if not job.unwritten:
@@ -112,4 +112,5 @@ def _job(job_id: str, fields: dict[bytes, bytes]) -> Job:
     told |= {name: int(fields[name.encode()]) for name in _NUMBERS}
     told |= {name: float(fields[name.encode()]) for name in _TIMES}
     told |= {name: fields[name.encode()] for name in _BYTES}
+    told["durable_event"] = told["last_event"]
     return Job(id=job_id, state=JobState(fields[b"state"].decode()), wish=Wish(fields[b"wish"].decode()), **told)
