@@ -9,6 +9,7 @@ PACKAGES := $(foreach m,protos kernels services/chassis services/gateway service
 PROTOS    = $(shell cd protos && find lmesh -name '*.proto' | sort)
 FOR  ?= 600
 SEED ?= 0
+JOBS ?= 2
 QUESTION := What is the capital of France?
 
 .PHONY: help demo up down gen lint type test test-full test-gpu chaos bench install install-dev clean
@@ -46,8 +47,9 @@ lint: install-dev ## style, types, import rules, protos
 type: install-dev ## strict types
 	$(BIN)/mypy kernels services cli
 
+# Two files at a time: most tests wait for processes and sockets, and one at a time would leave half the cores idle.
 test: install-dev ## everything but the long matrix and what needs a GPU
-	$(BIN)/python -P -m pytest -m "not full and not gpu" $(ARGS)
+	$(BIN)/python -P -m pytest -n $(JOBS) --dist loadfile -m "not full and not gpu" $(ARGS)
 
 test-full: install-dev ## with the long matrix
 	$(BIN)/python -P -m pytest -m "not gpu" $(ARGS)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +70,16 @@ class Mesh:
 
 def run_cli(env: dict[str, str], *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "lmesh_cli.app", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    with _one_at_a_time() if args[0] == "up" else nullcontext():
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Tests run side by side, and two launchers would find the same ports free."""
+    with (Path(tempfile.gettempdir()) / "lmesh-tests-up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
