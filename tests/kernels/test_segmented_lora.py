@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-# Before triton is imported: the kernels of this process are interpreted, but where a GPU is asked for.
-if not os.environ.get("LMESH_TEST_GPU"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
