@@ -182,7 +182,7 @@ async def test_a_slow_gateway_is_dropped_and_holds_nobody_up() -> None:
 
 
 async def test_a_gateway_that_acknowledges_may_receive_without_end() -> None:
-    async with running_worker(max_unacked_steps=20) as running:
+    async with running_worker(max_unacked_steps=100) as running:
         gateway = await running.attached()
         await gateway.start(start(1, max_tokens=300))
         while not gateway.received[1, 101].finish:
