@@ -203,7 +203,7 @@ def test_nan_left_in_memory_does_not_reach_its_next_holder(build: Build, monkeyp
     engine = build(kv_blocks=16)
     engine.generate([start(50 + key, [key + 60] * 50, max_tokens=2) for key in range(4)])  # every block has been used
     for layer in range(2):
-        for cache in engine._runner._attention.kv.layer(layer):
+        for cache in engine.kv.layer(layer):
             cache.fill_(math.nan)
     for block in range(16):
         engine.pool.withdraw(block)

@@ -108,7 +108,7 @@ def test_forward_and_sampling_never_wait_for_the_device(platform: Platform) -> N
     torch.cuda.set_sync_debug_mode("error")
     try:
         hidden = decoder(batch, runner.attention)
-        logits = decoder.logits(hidden.index_select(0, batch.cu_seqlens_q[1:] - 1))
+        logits = decoder.logits(hidden.index_select(0, torch.tensor(batch.q_lens_host).cumsum(0).to(hidden.device) - 1))
         sample(logits, *rows, *counters, SampleHints())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,9 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.ops.attention_plan import AttentionPlan, plan_attention
+from lmesh_kernels.ops.attention_work import AttentionWork
+from lmesh_kernels.ops.backend import takes_triton
+from lmesh_kernels.ops.device_attention import DeviceAttention
 from lmesh_kernels.ops.paged_attention import paged_attention
 from lmesh_kernels.ops.rope_kv import rope_kv
 
@@ -17,12 +20,27 @@ from lmesh_kernels.ops.rope_kv import rope_kv
 class PagedAttention:
     """Attention over a paged KV cache; one engine's, used by all layers of its model."""
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, *, invariant: bool = False) -> None:
         self.kv = kv
         self._plan: AttentionPlan | None = None
+        self._work: AttentionWork | None = None
+        self.device: DeviceAttention | None = None
+        if takes_triton(kv.data):
+            kv_heads, head_dim = kv.data.shape[-2:]
+            self.device = DeviceAttention(
+                kv.data.device,
+                kv_heads=kv_heads,
+                group=kv.group,
+                head_dim=head_dim,
+                dtype=kv.data.dtype,
+                invariant=invariant,
+            )
 
     def prepare(self, batch: PagedBatch, dtype: torch.dtype) -> None:
         """Cut the step up once; every layer's `attend` uses it. The decoder's forward calls this first."""
+        if self.device is not None:
+            self._work = batch.work or self.device.plan(batch)
+            return
         keys, _ = self.kv.layer(0)
         token_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.dtype.itemsize
         self._plan = plan_attention(batch, block_size=self.kv.block_size, token_bytes=token_bytes, dtype=dtype)
@@ -44,6 +62,9 @@ class PagedAttention:
         """
         keys, values = self.kv.layer(layer)
         q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
+        if self.device is not None and self._work is not None:
+            attended = self.device.attend(q, keys, values, batch.block_tables, self._work, scale=q.shape[-1] ** -0.5)
+            return attended.flatten(1)
         return paged_attention(q, keys, values, batch, scale=q.shape[-1] ** -0.5, plan=self._plan).flatten(1)
 
 

@@ -18,6 +18,7 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.group = config.num_heads // config.num_kv_heads  # query heads that read one key head
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         # Zeroed: readers mask what lies past a sequence's end, and 0 * uninitialised may be NaN.
         self.data = torch.zeros(shape, dtype=dtype, device=device)

@@ -128,7 +128,7 @@ def _decode_group(batch: PagedBatch, group: list[int], block_size: int, dtype: t
     num_blocks = -(-max(lens) // block_size)
     width, shortest = num_blocks * block_size, min(lens)
     places = torch.arange(width, device=batch.ids.device)
-    outside = places >= batch.kv_lens[rows, None]
+    outside = places >= torch.tensor(lens, device=batch.ids.device)[:, None]
     mask = torch.zeros(outside.shape, dtype=dtype, device=batch.ids.device).masked_fill_(outside, -torch.inf)
     return DecodeGroup(
         rows=rows,

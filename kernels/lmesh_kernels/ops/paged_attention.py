@@ -8,6 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.ops.attention_plan import AttentionPlan, Chunk, DecodeGroup, Piece, plan_attention
+from lmesh_kernels.ops.backend import takes_triton
+from lmesh_kernels.ops.device_attention import DeviceAttention
 
 
 def paged_attention(
@@ -16,9 +18,14 @@ def paged_attention(
     """Causal attention of each token over its own sequence, whose K and V (this step's too) are in the cache.
 
     q [T, heads, head_dim]; keys, values [blocks, block_size, kv_heads, head_dim], heads a multiple of kv_heads;
-    scale multiplies the scores; plan: `plan_attention` of this batch, where a caller has many layers to run.
+    scale multiplies the scores; plan: `plan_attention` of this batch, where a caller has many layers to run on a CPU
+    (on an accelerator it holds a `DeviceAttention`).
     Returns [T, heads, head_dim].
     """
+    if takes_triton(q):
+        group, head_dim = q.shape[1] // keys.shape[2], q.shape[2]
+        device = DeviceAttention(q.device, kv_heads=keys.shape[2], group=group, head_dim=head_dim, dtype=q.dtype)
+        return device.attend(q, keys, values, batch.block_tables, device.plan(batch), scale=scale)
     if plan is None:
         token_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.dtype.itemsize
         plan = plan_attention(batch, block_size=keys.shape[1], token_bytes=token_bytes, dtype=q.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmesh_kernels.ops.backend import takes_triton
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
@@ -16,6 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     x, residual [..., D]; weight [D]. The mean square is taken in float32.
     Returns (normed, sum): sum is x + residual, or x itself without a residual: the next residual.
     """
+    if takes_triton(x):
+        from lmesh_kernels.ops.rms_norm_kernels import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, residual)
     return rms_norm_reference(x, weight, eps, residual)
 
 

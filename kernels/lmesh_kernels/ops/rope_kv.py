@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lmesh_kernels.ops.backend import takes_triton
 from lmesh_kernels.ops.rms_norm import rms_norm_reference
 from lmesh_kernels.ops.rope import rotate_reference
 
@@ -22,10 +23,15 @@ def rope_kv(
     """Write this step's K and V into the cache and return the rotated queries.
 
     qkv [T, (heads + 2 * kv_heads) * head_dim], q then k then v, may be overwritten; rotation [T, head_dim] float32;
-    kv_slots [T] int64, all different; keys, values [blocks, block_size, kv_heads, head_dim], written in place;
+    kv_slots [T] int64 (int32 will do on accelerators), all different;
+    keys, values [blocks, block_size, kv_heads, head_dim], written in place;
     q_norm, k_norm [head_dim]: weights of the norm taken over each head before the rotation, or None.
     Returns q [T, heads, head_dim].
     """
+    if takes_triton(qkv):
+        from lmesh_kernels.ops.rope_kv_kernels import rope_kv_triton
+
+        return rope_kv_triton(qkv, rotation, kv_slots, keys, values, q_norm, k_norm, eps)
     return rope_kv_reference(qkv, rotation, kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmesh_kernels.ops.backend import takes_triton
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2 * I], gate first; returns [..., I]. May overwrite gate_up."""
+    if takes_triton(gate_up):
+        from lmesh_kernels.ops.silu_mul_kernels import silu_mul_triton
+
+        return silu_mul_triton(gate_up)
     return silu_mul_reference(gate_up)
 
 

@@ -46,6 +46,7 @@ class Batcher:
         self.waiting: list[Sequence] = []  # in rank
         self.suspects: deque[Sequence] = deque()  # run alone, one after the other, while there are any
         self._free_slots = list(range(max_seqs - 1, -1, -1))
+        self._tenures = 0
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -226,6 +227,8 @@ class Batcher:
         insort(self.running, sequence, key=lambda s: s.rank)
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
+        self._tenures += 1
+        sequence.tenure = self._tenures
         sequence.computed = cached
         sequence.registered = cached // self.block_size
         if not sequence.first_scheduled_at:

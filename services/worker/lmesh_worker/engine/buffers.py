@@ -1,63 +1,73 @@
-"""Static buffers of a step: filled on the host, copied once per dtype, read by the device as views."""
+"""Where the columns of a step stand while a device reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from lmesh_kernels.platforms.platform import Platform
+from numpy.typing import NDArray
 from torch import Tensor
 
+Column = NDArray[np.generic]
+_WORDS = 16  # a column begins at a multiple of so many: what the widest loads ask for
+_TORCH = {np.dtype(t): getattr(torch, t) for t in ("int32", "int64", "float32")}
 
-class Packed:
-    """One dtype's columns end to end in one staging tensor, with its twin on the device.
 
-    Columns are laid out anew each step, so that one copy moves exactly what the step uses. On a CPU the staging
-    tensor is the device's.
+def words(column: Column, capacity: int | None = None) -> int:
+    """Places of 4 bytes that a column takes, or would with `capacity` rows."""
+    rows = len(column) if capacity is None else capacity
+    size = rows * int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize // 4
+    return -(-size // _WORDS) * _WORDS
+
+
+class Arena:
+    """Columns end to end in pinned memory, and their twin on the device, filled by one copy.
+
+    The device has one, whose addresses stay: a step's copy follows the step before on the same stream. The host has as
+    many as steps may be in flight.
     """
 
-    def __init__(self, platform: Platform, capacity: int, dtype: torch.dtype) -> None:
-        self._staging = platform.staging((capacity,), dtype)
-        self._host = self._staging.numpy()
-        on_host = platform.device.type == "cpu"
-        self._device = self._staging if on_host else torch.zeros(capacity, dtype=dtype, device=platform.device)
+    def __init__(self, platform: Platform, *, capacity: int, sets: int) -> None:
+        self._staging = [platform.staging((capacity,), torch.int32) for _ in range(sets)]
+        self._host = [staging.numpy() for staging in self._staging]
+        self._device = torch.zeros(capacity, dtype=torch.int32, device=platform.device)
+        self.capacity = capacity
+        self._turn = 0
         self._used = 0
 
-    def clear(self) -> None:
-        """Begins a new step."""
+    def begin(self) -> None:
+        """Begins the columns of a step, in the staging memory that was longest unused."""
+        self._turn = (self._turn + 1) % len(self._staging)
         self._used = 0
 
-    def put(self, values: Iterable[float], count: int) -> Tensor:
-        """Writes a column of `count` values; the device view that will hold them after `upload`."""
-        begin, self._used = self._used, self._used + count
-        self._host[begin : self._used] = values
-        return self._device[begin : self._used]
+    def put(self, column: Column, capacity: int | None = None, fill: int = 0) -> Tensor:
+        """Writes a column, and `fill` up to `capacity` rows; the device's view of it, valid after `upload`."""
+        place = self.write(column, capacity, fill)
+        rows = len(column) if capacity is None else capacity
+        return self.view(place, (rows, *column.shape[1:]), column.dtype)
+
+    def write(self, column: Column, capacity: int | None = None, fill: int = 0) -> int:
+        """As `put`, without a view; returns the place. ValueError where the arena is full."""
+        place, size = self._used, words(column, capacity)
+        if place + size > self.capacity:
+            raise ValueError(f"a step's columns take more than {self.capacity} words")
+        self._used += size
+        host = self._host[self._turn][place : place + size].view(column.dtype)
+        flat = column.reshape(-1)
+        host[: len(flat)] = flat
+        if capacity is not None:
+            host[len(flat) :] = fill
+        return place
+
+    def view(self, place: int, shape: Sequence[int], dtype: np.dtype[np.generic]) -> Tensor:
+        """What stands at a place of the device's twin."""
+        kind = _TORCH[dtype]
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize // 4
+        return self._device[place : place + count].view(kind).view(*shape)
 
     def upload(self) -> None:
-        """Starts the copy to the device (on the stream that calls)."""
-        if self._device is not self._staging:
-            used = slice(0, self._used)
-            self._device[used].copy_(self._staging[used], non_blocking=True)
-
-
-class StepBuffers:
-    """All buffers of one step in flight; an engine has one set for each step that may be in flight at once."""
-
-    def __init__(self, platform: Platform, *, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
-        self.int64 = Packed(platform, 6 * max_tokens + 7 * max_seqs, torch.int64)
-        # Of the adapters' tiles, of 16 rows at least but the last of each adapter.
-        tiles = max_tokens + 3 * (max_tokens // 16 + max_seqs)
-        self.int32 = Packed(platform, 3 * max_seqs + 1 + max_seqs * max_blocks + tiles, torch.int32)
-        self.float32 = Packed(platform, 2 * max_seqs, torch.float32)
-        self.out_ids = platform.staging((max_seqs,), torch.int64)
-        self.out_finite = platform.staging((max_seqs,), torch.bool)
-
-    def clear(self) -> None:
-        """Begins a new step."""
-        for packed in (self.int64, self.int32, self.float32):
-            packed.clear()
-
-    def upload(self) -> None:
-        """Starts the copies to the device."""
-        for packed in (self.int64, self.int32, self.float32):
-            packed.upload()
+        """Starts the copy of what was put, on the stream that calls."""
+        used = slice(0, self._used)
+        self._device[used].copy_(self._staging[self._turn][used], non_blocking=True)

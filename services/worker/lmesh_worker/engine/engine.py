@@ -53,7 +53,8 @@ class Engine:
         decoder = load_model(files, dtype=plan.dtype, device=self.platform.device, quantisation=plan.quantisation)
         if plan.pack_weights:
             decoder.pack()
-        kv = KVCache(model, plan.kv_blocks, plan.block_size, plan.dtype, self.platform.device)
+        # One more than the pool hands out: what rows that fill up a batch write goes there.
+        self.kv = KVCache(model, plan.kv_blocks + 1, plan.block_size, plan.dtype, self.platform.device)
         self.decoder = decoder
         self.kv_format = f"{str(plan.dtype).removeprefix('torch.')}/{plan.block_size}/{KVCache.LAYOUT}"
         self.pool = BlockPool(plan.kv_blocks)
@@ -68,7 +69,7 @@ class Engine:
         self.adapters = Adapters(AdapterBank(decoder, max_bytes=plan.adapter_bytes), model)
         self._runner = Runner(
             decoder,
-            kv,
+            self.kv,
             self.platform,
             max_tokens=plan.max_step_tokens,
             max_seqs=plan.max_seqs,

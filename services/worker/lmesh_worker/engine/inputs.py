@@ -1,28 +1,57 @@
-"""From a plan to tensors: what a step reads, built in static buffers."""
+"""From a plan to what a step reads: columns on the host, then tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import repeat
 
 import numpy as np
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.lora.bank import AdapterBank, Resident
-from lmesh_kernels.ops.sample import SampleHints, seed_to_int64
+from lmesh_kernels.ops.attention_work import AttentionWork
+from lmesh_kernels.ops.sample import SampleHints
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
 from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lmesh_worker.engine.buffers import StepBuffers
 from lmesh_worker.engine.plan import Row, StepPlan
+from lmesh_worker.engine.slots import Ints, Slots
+
+Longs = NDArray[np.int64]
+Put = Callable[[NDArray[np.generic]], Tensor]
+
+
+@dataclass(slots=True)
+class StepColumns:
+    """One step on the host: T tokens of S sequences, of which R sample; integers are int32 but seeds and counters."""
+
+    ids: Ints  # [T]; 0 where the id is still on the device
+    token_slots: Ints  # [T]: the slot whose newest id that is, else -1
+    positions: Ints  # [T]
+    kv_slots: Ints  # [T]
+    slots: Ints  # [S]
+    begins: Ints  # [S + 1]
+    q_lens: Ints  # [S]
+    kv_lens: Ints  # [S]
+    num_decodes: int
+    sample_tokens: Ints  # [R]: index of each one's last token in the step
+    sample_slots: Ints  # [R]
+    sample_positions: Longs  # [R]: of the new id
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Columns of the R rows that sample, device tensors, and the host's hints."""
+    """Columns of the R rows that sample, and the host's hints."""
 
-    rows: Tensor  # [R] int64, index of each one's last token in the step
-    slots: Tensor  # [R] int64, where each one's new id is kept on the device
+    rows: Tensor  # [R], index of each one's last token in the step
+    slots: Tensor  # [R], where each one's new id is kept
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
@@ -30,8 +59,6 @@ class Sampling:
     choice: Tensor
     position: Tensor  # [R] int64, absolute position of the new id
     hints: SampleHints
-    scored: Tensor  # [L] int64: which of the R want log-probabilities
-    alternatives: dict[int, int]  # by index among the R, of those L in order: how many alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +76,124 @@ class StepInputs:
     """All that the device reads in one step."""
 
     batch: PagedBatch
-    token_slots: Tensor  # [T] int64: where on the device a token's id is, -1 if it is in batch.ids
+    token_slots: Tensor  # [T]: where on the device a token's id is, -1 if it is in batch.ids
     sampling: Sampling
-    prompt_scoring: tuple[PromptScoring, ...]
-    num_samples: int
 
 
-def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int, bank: AdapterBank) -> StepInputs:
-    """Fills `buffers` for `plan`; nothing of it is read again after the launch but what this returns."""
-    buffers.clear()
-    begins = [0, *accumulate(row.count for row in plan.rows)]
-    adapters = _adapters(plan.rows, buffers, begins, bank)
-    batch, token_slots = _batch(plan, buffers, block_size, begins, adapters)
-    sampling = _sampling(plan.rows, buffers, begins)
-    scoring = (_scoring(i, row, begins[i], buffers) for i, row in enumerate(plan.rows) if row.prompt_logits)
-    return StepInputs(batch, token_slots, sampling, tuple(s for s in scoring if s is not None), len(sampling.slots))
+def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:
+    """The columns of a plan. Writes into `slots` what its sequences changed."""
+    rows = plan.rows
+    slots.take_in([row.sequence for row in rows])
+    of = np.fromiter((row.sequence.slot for row in rows), np.int32, len(rows))
+    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    counts = np.fromiter((row.count for row in rows), np.int32, len(rows))
+    begins = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(counts, out=begins[1:])
+    owners, positions = of, starts
+    if begins[-1] > len(rows):
+        which = np.repeat(np.arange(len(rows)), counts)
+        owners = of[which]
+        positions = (starts[which] + np.arange(begins[-1]) - begins[which]).astype(np.int32)
+    kv_slots = slots.tables[owners, positions // block_size] * block_size + positions % block_size
+    ids, token_slots = _ids(rows, begins)
+    samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
+    ends = starts + counts
+    return StepColumns(
+        ids=ids,
+        token_slots=token_slots,
+        positions=positions,
+        kv_slots=kv_slots,
+        slots=of,
+        begins=begins,
+        q_lens=counts,
+        kv_lens=ends,
+        num_decodes=plan.num_decodes,
+        sample_tokens=begins[1:][samples] - 1,
+        sample_slots=of[samples],
+        sample_positions=ends[samples].astype(np.int64),
+    )
 
 
-def _adapters(rows: list[Row], buffers: StepBuffers, begins: list[int], bank: AdapterBank) -> AdapterRows:
-    """The step's tokens by adapter."""
+def _ids(rows: list[Row], begins: Ints) -> tuple[Ints, Ints]:
+    """Known ids of the step's tokens (0 where it is still on the device), and the slot that holds the unknown."""
+    ids = np.zeros(begins[-1], np.int32)
+    token_slots = np.full(begins[-1], -1, np.int32)
+    for row, begin in zip(rows, begins.tolist(), strict=False):
+        known = row.sequence.ids
+        end = row.start + row.count
+        if end > len(known):
+            token_slots[begin + row.count - 1] = row.sequence.slot
+        if row.count == 1:
+            if end <= len(known):
+                ids[begin] = known[row.start]
+        else:
+            found = known[row.start : end]
+            ids[begin : begin + len(found)] = found
+    return ids, token_slots
+
+
+def batch_on_host(columns: StepColumns, slots: Slots, block_size: int, put: Put, adapters: AdapterRows) -> PagedBatch:
+    """The batch as a CPU's ops read it: tables a row a sequence, lengths on the host."""
+    width = -(-int(columns.kv_lens.max()) // block_size)
+    tables = slots.tables[columns.slots, :width]
+    return PagedBatch(
+        ids=put(columns.ids.astype(np.int64)),
+        positions=put(columns.positions.astype(np.int64)),
+        kv_slots=put(columns.kv_slots.astype(np.int64)),
+        block_tables=put(tables),
+        num_decodes=columns.num_decodes,
+        q_lens_host=tuple(columns.q_lens.tolist()),
+        kv_lens_host=tuple(columns.kv_lens.tolist()),
+        adapters=adapters,
+    )
+
+
+def sampling(columns: StepColumns, slots: Slots, put: Put) -> Sampling:
+    """The sampling columns, each as `put` has it."""
+    of = columns.sample_slots
+    return Sampling(
+        rows=put(columns.sample_tokens),
+        slots=put(of),
+        temperature=put(slots.temperature[of]),
+        top_p=put(slots.top_p[of]),
+        top_k=put(slots.top_k[of]),
+        seed=put(slots.seed[of]),
+        choice=put(slots.choice[of]),
+        position=put(columns.sample_positions),
+        hints=hints(columns, slots),
+    )
+
+
+def hints(columns: StepColumns, slots: Slots) -> SampleHints:
+    """What the host knows of the parameters."""
+    of = columns.sample_slots
+    random = slots.temperature[of] > 0
+    if not random.any():
+        return SampleHints(any_random=False, any_truncation=False)
+    return SampleHints(
+        any_random=True, any_truncation=bool((random & ((slots.top_p[of] < 1) | (slots.top_k[of] > 0))).any())
+    )
+
+
+def prompt_scoring(plan: StepPlan, columns: StepColumns, put: Put) -> list[PromptScoring]:
+    """What rows want of their prompts."""
+    found = []
+    for index, row in enumerate(plan.rows):
+        if not row.prompt_logits:
+            continue
+        sequence = row.sequence
+        targets = sequence.ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
+        if targets:
+            begin, wanted = int(columns.begins[index]), sequence.params.prompt_logprobs
+            found.append(PromptScoring(index, begin, put(np.array(targets, np.int64)), wanted))
+    return found
+
+
+def adapter_rows(plan: StepPlan, columns: StepColumns, put: Put, bank: AdapterBank) -> AdapterRows:
+    """The step's tokens by adapter. LookupError for one that is not held."""
     pieces: dict[str, list[tuple[int, int]]] = {}
-    for index, row in enumerate(rows):
+    begins = columns.begins.tolist()
+    for index, row in enumerate(plan.rows):
         if not row.sequence.adapter:
             continue
         own, (begin, end) = pieces.setdefault(row.sequence.adapter, []), begins[index : index + 2]
@@ -81,8 +205,8 @@ def _adapters(rows: list[Row], buffers: StepBuffers, begins: list[int], bank: Ad
         return NO_ADAPTERS
     residents = [_resident(bank, digest) for digest in pieces]
     if bank.on_cuda:
-        return AdapterRows(plan=_tiles(residents, [_indices(own) for own in pieces.values()], buffers, bank))
-    return AdapterRows(segments=tuple(map(_segment, residents, pieces.values(), repeat(buffers))))
+        return AdapterRows(plan=_tiles(residents, [_indices(own) for own in pieces.values()], put, bank))
+    return AdapterRows(segments=tuple(map(_segment, residents, pieces.values(), repeat(put))))
 
 
 def _resident(bank: AdapterBank, digest: str) -> Resident:
@@ -92,106 +216,32 @@ def _resident(bank: AdapterBank, digest: str) -> Resident:
     return resident
 
 
-def _indices(pieces: list[tuple[int, int]]) -> np.ndarray:
+def _indices(pieces: list[tuple[int, int]]) -> Longs:
     return np.concatenate([np.arange(begin, end) for begin, end in pieces])
 
 
-def _segment(resident: Resident, pieces: list[tuple[int, int]], buffers: StepBuffers) -> AdapterSegment:
+def _segment(resident: Resident, pieces: list[tuple[int, int]], put: Put) -> AdapterSegment:
     """As a slice where its rows lie in one piece, else by their indices."""
     if len(pieces) == 1:
         return AdapterSegment(rows=slice(*pieces[0]), products=resident.products)
-    indices = _indices(pieces)
-    return AdapterSegment(rows=buffers.int64.put(indices, len(indices)), products=resident.products)
+    return AdapterSegment(rows=put(_indices(pieces)), products=resident.products)
 
 
-def _tiles(residents: list[Resident], rows: list[np.ndarray], buffers: StepBuffers, bank: AdapterBank) -> SegmentPlan:
-    def put(values: np.ndarray) -> Tensor:
-        packed = buffers.int64 if values.dtype == np.int64 else buffers.int32
-        return packed.put(values.reshape(-1), values.size).view(values.shape)
-
+def _tiles(residents: list[Resident], rows: list[Longs], put: Put, bank: AdapterBank) -> SegmentPlan:
     directories = [resident.directory for resident in residents]
     most = max(resident.most_ranks for resident in residents)
     return plan_segments(rows, directories, bank.numbers, most, put=put)
 
 
-def _batch(
-    plan: StepPlan, buffers: StepBuffers, block_size: int, begins: list[int], adapters: AdapterRows
-) -> tuple[PagedBatch, Tensor]:
-    rows, total = plan.rows, plan.num_tokens
-    positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in rows])
-    tables = _block_tables(rows, block_size)
-    which = np.repeat(np.arange(len(rows)), [r.count for r in rows])
-    kv_slots = tables[which, positions // block_size] * block_size + positions % block_size
-    ids, token_slots = _ids(rows, total)
-    kv_lens = tuple(r.start + r.count for r in rows)
-    q_lens = tuple(r.count for r in rows)
-    batch = PagedBatch(
-        ids=buffers.int64.put(ids, total),
-        positions=buffers.int64.put(positions, total),
-        kv_slots=buffers.int64.put(kv_slots, total),
-        cu_seqlens_q=buffers.int32.put(begins, len(rows) + 1),
-        kv_lens=buffers.int32.put(kv_lens, len(rows)),
-        block_tables=buffers.int32.put(tables.ravel(), tables.size).view(len(rows), -1),
-        num_tokens=total,
-        num_seqs=len(rows),
-        num_decodes=plan.num_decodes,
-        max_q=max(q_lens),
-        max_kv=max(kv_lens),
-        q_lens_host=q_lens,
-        kv_lens_host=kv_lens,
+def batch_on_device(
+    ids: Tensor, positions: Tensor, kv_slots: Tensor, tables: Tensor, work: AttentionWork, adapters: AdapterRows
+) -> PagedBatch:
+    """The batch as an accelerator's ops read it: tables by slot, which are there already, and attention's pieces."""
+    return PagedBatch(
+        ids=ids,
+        positions=positions,
+        kv_slots=kv_slots,
+        block_tables=tables,
         adapters=adapters,
+        work=work,
     )
-    return batch, buffers.int64.put(token_slots, total)
-
-
-def _block_tables(rows: list[Row], block_size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """[S, widest] block numbers; past a sequence's end its last block stands again, which is always valid."""
-    used = [-(-(row.start + row.count) // block_size) for row in rows]
-    tables = np.empty((len(rows), max(used)), dtype=np.int64)
-    for i, (row, count) in enumerate(zip(rows, used, strict=True)):
-        tables[i, :count] = row.sequence.blocks[:count]
-        tables[i, count:] = row.sequence.blocks[count - 1]
-    return tables
-
-
-def _ids(rows: list[Row], total: int) -> tuple[list[int], list[int]]:
-    """Known ids of the step's tokens (0 where it is still on the device), and the slot that holds the unknown."""
-    ids: list[int] = []
-    slots = [-1] * total
-    for row in rows:
-        ids += row.sequence.ids[row.start : row.start + row.count]
-        if row.start + row.count > len(row.sequence.ids):
-            slots[len(ids)] = row.sequence.slot
-            ids.append(0)
-    return ids, slots
-
-
-def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int]) -> Sampling:
-    picked = [(row.sequence, row, begins[i + 1] - 1) for i, row in enumerate(rows) if row.samples]
-    params = [s.params for s, _, _ in picked]
-    count = len(picked)
-    temperature, top_p = [p.temperature for p in params], [p.top_p for p in params]
-    top_k = [p.top_k for p in params]
-    alternatives = {i: p.logprobs for i, p in enumerate(params) if p.logprobs >= 0}
-    return Sampling(
-        rows=buffers.int64.put([last for _, _, last in picked], count),
-        slots=buffers.int64.put([s.slot for s, _, _ in picked], count),
-        temperature=buffers.float32.put(temperature, count),
-        top_p=buffers.float32.put(top_p, count),
-        top_k=buffers.int32.put(top_k, count),
-        seed=buffers.int64.put([seed_to_int64(p.seed) for p in params], count),
-        choice=buffers.int64.put([s.choice for s, _, _ in picked], count),
-        position=buffers.int64.put([row.start + row.count for _, row, _ in picked], count),
-        hints=SampleHints.of(temperature, top_p, top_k),
-        scored=buffers.int64.put(list(alternatives), len(alternatives)),
-        alternatives=alternatives,
-    )
-
-
-def _scoring(index: int, row: Row, begin: int, buffers: StepBuffers) -> PromptScoring | None:
-    sequence = row.sequence
-    targets = sequence.ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
-    if not targets:
-        return None
-    column = buffers.int64.put(targets, len(targets))
-    return PromptScoring(index, begin, column, sequence.params.prompt_logprobs)

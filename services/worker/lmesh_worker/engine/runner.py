@@ -12,13 +12,15 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.logprobs import token_logprobs
-from lmesh_kernels.ops.sample import sample
 from lmesh_kernels.platforms.platform import Pending, Platform
 from torch import Tensor
 
-from lmesh_worker.engine.buffers import StepBuffers
-from lmesh_worker.engine.inputs import PromptScoring, Sampling, StepInputs, build_inputs
+from lmesh_worker.engine.compute import Compute, StepOutputs
+from lmesh_worker.engine.device_steps import DeviceSteps
+from lmesh_worker.engine.host_steps import HostSteps
+from lmesh_worker.engine.inputs import PromptScoring, StepColumns
 from lmesh_worker.engine.plan import StepPlan
+from lmesh_worker.engine.slots import Slots
 
 Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], their log-probabilities [N, k]
 
@@ -27,14 +29,14 @@ Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], th
 class StepResult:
     """Host tensors of one step; valid once the step's `Pending` is done."""
 
-    ids: Tensor  # [R] int64, of the rows that sample, in the plan's order
+    ids: Tensor  # [R], of the rows that sample, in the plan's order
     finite: Tensor  # [R] bool: False where logits were not finite
     logprobs: dict[int, Scores] = field(default_factory=dict)  # by index among the rows that sample
     prompt_logprobs: dict[int, Scores] = field(default_factory=dict)  # by index among all rows
 
 
 class Runner:
-    """One model on one device, with the buffers that steps are built in."""
+    """One model on one device, and what of running sequences is kept there."""
 
     def __init__(
         self,
@@ -47,79 +49,88 @@ class Runner:
         max_blocks: int,
         depth: int,
         bank: AdapterBank,
+        graphs: bool = True,
     ) -> None:
-        self._decoder, self._platform, self._block_size = decoder, platform, kv.block_size
-        self._bank = bank
-        self._attention = PagedAttention(kv)
-        self._max_seqs = max_seqs
+        """`kv`'s last block must be nobody's: it takes what rows that fill up a batch write."""
+        self._decoder, self._platform, self._max_seqs = decoder, platform, max_seqs
+        attention = PagedAttention(kv)
+        self._slots = Slots(
+            platform,
+            max_seqs=max_seqs,
+            max_blocks=max_blocks,
+            spare_block=kv.num_blocks - 1,
+            block_size=kv.block_size,
+        )
+        self.steps: HostSteps | DeviceSteps
+        if attention.device is None:
+            self.steps = HostSteps(decoder, attention, self._slots, bank, kv.block_size)
+        else:
+            self.steps = DeviceSteps(
+                decoder,
+                attention,
+                self._slots,
+                bank,
+                platform,
+                block_size=kv.block_size,
+                max_tokens=max_tokens,
+                max_seqs=max_seqs,
+                depth=depth,
+                graphs=graphs,
+            )
         self._stream = platform.stream()
-        self._sets = [
-            StepBuffers(platform, max_tokens=max_tokens, max_seqs=max_seqs, max_blocks=max_blocks)
+        self._out = [
+            (platform.staging((max_seqs,), self._slots.last_ids.dtype), platform.staging((max_seqs,), torch.bool))
             for _ in range(depth + 1)
         ]
         self._launched = 0
-        # The newest id of every running sequence, so that the next step needs no word from the host.
-        self._last_ids = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
 
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
         """Starts a step after those launched before; whatever goes wrong, its result raises it.
 
-        At most depth + 1 may be in flight.
+        At most depth + 1 may be in flight. The order of the plan's single-token rows may change.
         """
-        buffers = self._sets[self._launched % len(self._sets)]
         self._launched += 1
         try:
-            inputs = build_inputs(plan, buffers, self._block_size, self._bank)
+            columns, scoring, compute = self.steps.prepare(plan)
         except Exception as error:  # noqa: BLE001 - a value that no tensor takes is its sequence's fault, as in a step
             return self._stream.submit(partial(_raise, error))
-        return self._stream.submit(lambda: self._run(inputs, buffers))
+        return self._stream.submit(partial(self._run, columns, scoring, compute))
 
     @torch.inference_mode()
-    def _run(self, inputs: StepInputs, buffers: StepBuffers) -> StepResult:
-        buffers.upload()
-        batch = inputs.batch
-        # In place, so that the batch keeps its addresses: ids that the host does not know come from the device.
-        known = inputs.token_slots < 0
-        batch.ids.copy_(torch.where(known, batch.ids, self._last_ids[inputs.token_slots.clamp(min=0)]))
-        hidden = self._decoder.forward(batch, self._attention)
-        result = self._sample(hidden, inputs.sampling, inputs.num_samples, buffers)
-        for scoring in inputs.prompt_scoring:
-            result.prompt_logprobs[scoring.row] = self._score_prompt(hidden, scoring)
+    def _run(self, columns: StepColumns, scoring: list[PromptScoring], compute: Compute) -> StepResult:
+        outputs = compute()
+        count = len(columns.sample_slots)
+        ids, finite = self._out[self._launched % len(self._out)]
+        result = StepResult(ids[:count], finite[:count])
+        if count:
+            result.ids.copy_(outputs.ids[:count], non_blocking=True)
+            result.finite.copy_(outputs.finite[:count], non_blocking=True)
+            result.logprobs = self._chosen_logprobs(outputs, columns)
+        for wanted in scoring:
+            result.prompt_logprobs[wanted.row] = self._score_prompt(outputs.hidden, wanted)
         return result
 
-    def _sample(self, hidden: Tensor, sampling: Sampling, count: int, buffers: StepBuffers) -> StepResult:
-        result = StepResult(buffers.out_ids[:count], buffers.out_finite[:count])
-        if count == 0:
-            return result
-        logits = self._decoder.logits(hidden.index_select(0, sampling.rows))
-        ids = sample(
-            logits,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            sampling.seed,
-            sampling.choice,
-            sampling.position,
-            sampling.hints,
-        )
-        self._last_ids.index_copy_(0, sampling.slots, ids)
-        result.ids.copy_(ids, non_blocking=True)
-        # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
-        result.finite.copy_(logits.sum(dim=-1).isfinite(), non_blocking=True)
-        if sampling.alternatives:
-            result.logprobs = self._chosen_logprobs(logits, ids, sampling)
-        return result
-
-    def _chosen_logprobs(self, logits: Tensor, ids: Tensor, sampling: Sampling) -> dict[int, Scores]:
+    def _chosen_logprobs(self, outputs: StepOutputs, columns: StepColumns) -> dict[int, Scores]:
         """All rows that want them at once, with as many alternatives as the one that wants most."""
-        if len(sampling.alternatives) < len(logits):
-            logits, ids = logits.index_select(0, sampling.scored), ids.index_select(0, sampling.scored)
-        most = max(sampling.alternatives.values())
-        chosen, best, values = self._to_host(token_logprobs(logits, ids, most))
+        wanted = self._slots.logprobs[columns.sample_slots]
+        rows = (wanted >= 0).nonzero()[0].tolist()
+        if not rows:
+            return {}
+        logits, ids = outputs.logits[: len(wanted)], outputs.ids[: len(wanted)].long()
+        if len(rows) < len(wanted):
+            chosen_rows = self._to_device(torch.tensor(rows))
+            logits, ids = logits.index_select(0, chosen_rows), ids.index_select(0, chosen_rows)
+        chosen, best, values = self._to_host(token_logprobs(logits, ids, int(wanted.max())))
+        counts = wanted.tolist()
         return {
-            row: (chosen[i : i + 1], best[i : i + 1, :k], values[i : i + 1, :k])
-            for i, (row, k) in enumerate(sampling.alternatives.items())
+            row: (chosen[i : i + 1], best[i : i + 1, : counts[row]], values[i : i + 1, : counts[row]])
+            for i, row in enumerate(rows)
         }
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """A copy that the host does not wait for."""
+        staged = self._platform.staging(tuple(host.shape), host.dtype).copy_(host)
+        return staged.to(self._platform.device, non_blocking=True)
 
     def _score_prompt(self, hidden: Tensor, scoring: PromptScoring) -> Scores:
         """Log-probabilities of prompt ids, in pieces no larger than a step's logits were planned to be."""

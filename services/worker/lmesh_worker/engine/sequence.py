@@ -47,6 +47,7 @@ class Sequence:
         "started_at",
         "state",
         "stop_ids",
+        "tenure",
     )
 
     def __init__(self, start: Start, root: bytes, order: int) -> None:
@@ -65,6 +66,7 @@ class Sequence:
         self.registered = 0  # blocks, from the first, that are findable or have a findable twin
         self.state = State.WAITING
         self.blocks: list[int] = []
+        self.tenure = -1  # its slot's owner has a number of its own, each time that it gets one
         self.slot = -1  # row of the device's per-sequence tensors
         self.computed = 0  # tokens whose K and V are written or will be by a launched step
         self.pending = 0  # sampled ids that are still on the device

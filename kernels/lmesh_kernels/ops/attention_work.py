@@ -1,0 +1,219 @@
+"""A step's attention as a list of equal-sized pieces of work, planned on the host and read by the Triton kernels.
+
+A piece is some query rows that see one stretch of one sequence's cached keys. Narrow pieces hold one row, wide ones as
+many as a tile takes: rows of a prefill chunk, or rows of different sequences over the prefix that they share, which is
+so read once for all of them (as in cascade attention: Juravsky et al. 2024, arXiv 2402.05099). Where a step has less
+pieces than the device has processors for, keys are split (Dao et al. 2023, Flash-Decoding) and each row's parts are
+joined by their log-sum-exps. How many programs run does not depend on the list, so a captured graph replays any list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int32]
+
+FIELDS = 8  # of a piece: first row, rows, sequence, first key, end of keys, position of the first row, part, nothing
+SEES_ALL = 1 << 30  # position of rows that see every key of their piece
+WHOLE = -1  # part of a piece whose rows have no other: its result is the row's
+LEAST_SPLIT = 128  # keys of a part; a smaller one costs more to join than it saves
+LEAST_SHARED = 256  # keys of a prefix that is worth parts of its own
+MOST_PARTS = 64  # of one row
+SAME_SPLIT = 512  # keys of a part where results may not depend on the rest of the batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What planning needs to know of heads and device."""
+
+    kv_heads: int
+    group: int  # query heads of a key head
+    wide_rows: int  # query rows of a wide piece: its tile's height over `group`
+    programs: int  # that the device runs at once
+    most_parts: int  # of all rows of a step together
+    invariant: bool = False  # a row's result may not depend on which others there are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pieces:
+    """Lists on the host: narrow and wide pieces [n, FIELDS], and of each row its first part and their number."""
+
+    narrow: Ints
+    wide: Ints
+    parts_first: Ints  # [T]
+    parts: Ints  # [T]; 0 where a row has no parts but one result
+
+    @property
+    def num_parts(self) -> int:
+        """Of all rows."""
+        return int(self.parts.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionWork:
+    """The same on the device. Lists may be longer than their counts say."""
+
+    narrow: Tensor  # [>= n, FIELDS] int32
+    wide: Tensor
+    counts: Tensor  # [2] int32: narrow pieces, wide pieces
+    parts_first: Tensor  # [T] int32
+    parts: Tensor  # [T] int32
+    has_narrow: bool
+    has_wide: bool
+    has_parts: bool
+
+
+def plan_pieces(
+    q_lens: Ints,
+    kv_lens: Ints,
+    shape: Shape,
+    *,
+    groups: tuple[tuple[int, int, int], ...] = (),
+    names: Ints | None = None,
+) -> Pieces:
+    """The pieces of a step of S sequences: q_lens new tokens each, its last, of kv_lens cached ones.
+
+    `groups` are (first sequence, end, shared keys): neighbours of one new token each whose first so many keys are the
+    same blocks. `names` are the sequences' rows in the block tables, where those are not 0 to S - 1.
+    """
+    firsts = np.zeros(len(q_lens) + 1, np.int32)
+    np.cumsum(q_lens, out=firsts[1:])
+    shared = np.zeros(len(q_lens), np.int32)
+    for begin, end, keys in groups:
+        shared[begin:end] = keys
+    single = np.flatnonzero(q_lens == 1).astype(np.int32)
+    narrow = _rows_of(
+        first=firsts[single],
+        rows=1,
+        sequence=single,
+        begin=shared[single],
+        end=kv_lens[single],
+        position=kv_lens[single] - 1,
+    )
+    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape)])
+    if names is not None:
+        narrow[:, 2], wide[:, 2] = names[narrow[:, 2]], names[wide[:, 2]]
+    return _split(narrow, wide, int(firsts[-1]), shape)
+
+
+def _rows_of(
+    *, first: Ints, rows: Ints | int, sequence: Ints, begin: Ints | int, end: Ints | int, position: Ints | int
+) -> Ints:
+    pieces = np.zeros((len(first), FIELDS), np.int32)
+    for column, values in enumerate((first, rows, sequence, begin, end, position)):
+        pieces[:, column] = values
+    pieces[:, 6] = WHOLE
+    return pieces
+
+
+def _shared_tiles(groups: tuple[tuple[int, int, int], ...], firsts: Ints, shape: Shape) -> Ints:
+    tiles = [np.zeros((0, FIELDS), np.int32)]
+    for begin, end, keys in groups:
+        at = np.arange(begin, end, shape.wide_rows, dtype=np.int32)
+        rows = np.minimum(shape.wide_rows, end - at).astype(np.int32)
+        table = np.full(len(at), begin, np.int32)
+        tiles.append(_rows_of(first=firsts[at], rows=rows, sequence=table, begin=0, end=keys, position=SEES_ALL))
+    return np.concatenate(tiles)
+
+
+def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape) -> Ints:
+    """Tiles of prefill chunks, those with the most keys first: the last to be taken up should be short."""
+    chunks = np.flatnonzero(q_lens > 1).astype(np.int32)
+    counts = -(-q_lens[chunks] // shape.wide_rows)
+    sequence = np.repeat(chunks, counts)
+    nth = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
+    inside = nth * shape.wide_rows
+    rows = np.minimum(shape.wide_rows, q_lens[sequence] - inside)
+    position = kv_lens[sequence] - q_lens[sequence] + inside
+    tiles = _rows_of(
+        first=firsts[sequence] + inside, rows=rows, sequence=sequence, begin=0, end=position + rows, position=position
+    )
+    return tiles[np.argsort(-tiles[:, 4], kind="stable")]
+
+
+def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape) -> Pieces:
+    """Cuts long pieces where there are few; numbers the parts of each row."""
+    size = _split_size(narrow, wide, shape)
+    narrow_cuts, wide_cuts = (np.maximum(1, -(-(p[:, 4] - p[:, 3]) // size)).astype(np.int32) for p in (narrow, wide))
+    parts = np.zeros(tokens, np.int32)
+    # Of a row: the parts of the prefix that it shares come first, those of its own keys after them.
+    before = np.zeros(tokens, np.int32)
+    for first, rows, cuts in zip(wide[:, 0].tolist(), wide[:, 1].tolist(), wide_cuts.tolist(), strict=True):
+        parts[first : first + rows] = before[first : first + rows] = cuts
+    own_before = before[narrow[:, 0]]
+    parts[narrow[:, 0]] += narrow_cuts
+    wide = _cut(wide, wide_cuts, np.zeros(len(wide), np.int32), parts, size)
+    narrow = _cut(narrow, narrow_cuts, own_before, parts, size)
+    parts[parts == 1] = 0
+    parts_first = (np.cumsum(parts) - parts).astype(np.int32)
+    return Pieces(narrow=narrow, wide=wide, parts_first=parts_first, parts=parts)
+
+
+def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> int:
+    """Keys of a part: so many that all programs have work, as few parts as that takes."""
+    if shape.invariant:
+        return SAME_SPLIT
+    keys = int((narrow[:, 4] - narrow[:, 3]).sum()) + int((wide[:, 4] - wide[:, 3]).sum())
+    longest = max((int((p[:, 4] - p[:, 3]).max()) for p in (narrow, wide) if len(p)), default=1)
+    even = -(-keys * shape.kv_heads // shape.programs)
+    size = max(LEAST_SPLIT, even, -(-longest // MOST_PARTS))
+    rows = np.concatenate([narrow[:, 1], wide[:, 1]]).astype(np.int64)
+    lengths = np.concatenate([narrow[:, 4] - narrow[:, 3], wide[:, 4] - wide[:, 3]])
+    while size < longest and int((rows * np.maximum(1, -(-lengths // size))).sum()) > shape.most_parts:
+        size *= 2
+    return -(-size // LEAST_SPLIT) * LEAST_SPLIT
+
+
+def _cut(pieces: Ints, cuts: Ints, before: Ints, parts: Ints, size: int) -> Ints:
+    """Each piece as its cuts, with the number of the part among its row's."""
+    out = np.repeat(pieces, cuts, axis=0)
+    nth = (np.arange(len(out)) - np.repeat(np.cumsum(cuts) - cuts, cuts)).astype(np.int32)
+    out[:, 3] += nth * size
+    out[:, 4] = np.minimum(out[:, 4], out[:, 3] + size)
+    several = parts[out[:, 0]] > 1 if len(out) else np.zeros(0, bool)
+    out[:, 6] = np.where(several, nth + np.repeat(before, cuts), WHOLE)
+    return out
+
+
+def on_device(pieces: Pieces, put: Callable[[Ints], Tensor]) -> AttentionWork:
+    """The lists as the device reads them; `put` gives the tensor that will hold an array."""
+    counts = np.array([len(pieces.narrow), len(pieces.wide)], np.int32)
+    return AttentionWork(
+        narrow=put(pieces.narrow),
+        wide=put(pieces.wide),
+        counts=put(counts),
+        parts_first=put(pieces.parts_first),
+        parts=put(pieces.parts),
+        has_narrow=bool(len(pieces.narrow)),
+        has_wide=bool(len(pieces.wide)),
+        has_parts=bool(pieces.parts.any()),
+    )
+
+
+def shared_prefixes(
+    tables: Ints, kv_lens: Ints, block_size: int, *, least: int = LEAST_SHARED
+) -> tuple[tuple[int, int, int], ...]:
+    """Groups for `plan_pieces`: neighbours in tables [S, blocks], one new token each, that begin with the same blocks.
+
+    A group is two sequences or more that share at least `least` keys, none of them a key of the row's own token.
+    """
+    if len(tables) < 2:
+        return ()
+    bounds = np.flatnonzero(np.diff(tables[:, 0])) + 1
+    edges = [0, *bounds.tolist(), len(tables)]
+    groups = []
+    for begin, end in pairwise(edges):
+        if end - begin < 2:
+            continue
+        same = (tables[begin:end] == tables[begin]).all(axis=0)
+        blocks = len(same) if same.all() else int(np.argmin(same))
+        keys = min(blocks * block_size, (int(kv_lens[begin:end].min()) - 1) // block_size * block_size)
+        if keys >= least:
+            groups.append((begin, end, keys))
+    return tuple(groups)

@@ -1,0 +1,108 @@
+"""The Triton form of `rope_kv`: norm of heads, rotation and the cache's write, each number read and written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS = 8  # a program's heads: enough numbers for its threads, few enough that one token fills many programs
+
+
+@triton.jit
+def _normed(first, second, weight, half, inside, eps, HEAD_DIM: tl.constexpr):
+    """Both halves of heads under their norm, rounded as the reference rounds; float32 in and out."""
+    squares = tl.sum(first * first + second * second, axis=1)
+    rstd = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+    kind = weight.dtype.element_ty
+    low = tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    high = tl.load(weight + HEAD_DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    first = ((first * rstd).to(kind).to(tl.float32) * low).to(kind).to(tl.float32)
+    second = ((second * rstd).to(kind).to(tl.float32) * high).to(kind).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _rope_kv(
+    qkv,
+    rotation,
+    kv_slots,
+    keys,
+    values,
+    q_norm,
+    k_norm,
+    eps,
+    qkv_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    half = tl.arange(0, HALF_BLOCK)
+    narrow = half < HEAD_DIM // 2
+    mine = (head < HEADS + 2 * KV_HEADS)[:, None] & narrow[None, :]
+    place = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + half[None, :]
+    kind = qkv.dtype.element_ty
+    first = tl.load(place, mask=mine, other=0.0).to(tl.float32)
+    second = tl.load(place + HEAD_DIM // 2, mask=mine, other=0.0).to(tl.float32)
+    is_q, is_v = (head < HEADS)[:, None], (head >= HEADS + KV_HEADS)[:, None]
+    turned_first, turned_second = first, second
+    if NORMED:
+        q_first, q_second = _normed(first, second, q_norm, half, narrow, eps, HEAD_DIM)
+        k_first, k_second = _normed(first, second, k_norm, half, narrow, eps, HEAD_DIM)
+        turned_first, turned_second = tl.where(is_q, q_first, k_first), tl.where(is_q, q_second, k_second)
+    cos = tl.load(rotation + token * HEAD_DIM + half, mask=narrow, other=0.0)[None, :]
+    sin = tl.load(rotation + token * HEAD_DIM + HEAD_DIM // 2 + half, mask=narrow, other=0.0)[None, :]
+    low = turned_first * cos - turned_second * sin
+    high = turned_second * cos + turned_first * sin
+    tl.store(place, low.to(kind), mask=mine & is_q)
+    tl.store(place + HEAD_DIM // 2, high.to(kind), mask=mine & is_q)
+    cached = tl.load(kv_slots + token).to(tl.int64) * KV_HEADS
+    key = keys + (cached + head[:, None] - HEADS) * HEAD_DIM + half[None, :]
+    is_k = mine & (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None]
+    tl.store(key, low.to(keys.dtype.element_ty), mask=is_k)
+    tl.store(key + HEAD_DIM // 2, high.to(keys.dtype.element_ty), mask=is_k)
+    value = values + (cached + head[:, None] - HEADS - KV_HEADS) * HEAD_DIM + half[None, :]
+    tl.store(value, first.to(values.dtype.element_ty), mask=mine & is_v)
+    tl.store(value + HEAD_DIM // 2, second.to(values.dtype.element_ty), mask=mine & is_v)
+
+
+def rope_kv_triton(
+    qkv: Tensor,
+    rotation: Tensor,
+    kv_slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As `rope_kv.rope_kv`; q is rotated in place of qkv's own, whose rows have elements of stride 1."""
+    kv_heads, head_dim = keys.shape[-2:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q and k heads are normed both or not at all")
+    if qkv.shape[0]:
+        _rope_kv[(qkv.shape[0], triton.cdiv(heads + 2 * kv_heads, _HEADS))](
+            qkv,
+            rotation,
+            kv_slots,
+            keys,
+            values,
+            qkv if q_norm is None else q_norm,
+            qkv if k_norm is None else k_norm,
+            eps,
+            qkv.stride(0),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+            HEAD_BLOCK=_HEADS,
+            NORMED=q_norm is not None,
+            num_warps=2,
+        )
+    return qkv[:, : heads * head_dim].view(qkv.shape[0], heads, head_dim)

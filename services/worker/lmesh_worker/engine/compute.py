@@ -1,0 +1,57 @@
+"""A step on its device: ids that only the device knows, the forward pass, logits, sampled ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lmesh_kernels.layers.attention import PagedAttention
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.ops.sample import sample
+from torch import Tensor
+
+from lmesh_worker.engine.inputs import Sampling, StepInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepOutputs:
+    """What a step leaves on its device. A graph's is overwritten by the next step."""
+
+    hidden: Tensor  # [T, hidden]
+    logits: Tensor  # [R, vocab]
+    ids: Tensor  # [R]
+    finite: Tensor  # [R] bool
+
+
+Compute = Callable[[], StepOutputs]
+
+
+def compute_step(decoder: Decoder, attention: PagedAttention, last_ids: Tensor, inputs: StepInputs) -> StepOutputs:
+    """Runs one step; `last_ids` [slots] gives ids to it and takes the new ones. Nothing in it asks the device."""
+    batch = inputs.batch
+    # In place, so that the batch keeps its addresses: ids that the host does not know come from the device.
+    known = inputs.token_slots < 0
+    batch.ids.copy_(torch.where(known, batch.ids, last_ids[inputs.token_slots.clamp(min=0)]))
+    hidden = decoder.forward(batch, attention)
+    return _sampled(decoder, hidden, inputs.sampling, last_ids)
+
+
+def _sampled(decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor) -> StepOutputs:
+    logits = decoder.logits(hidden.index_select(0, sampling.rows))
+    if not len(sampling.rows):
+        nothing = torch.empty(0, dtype=last_ids.dtype, device=hidden.device)
+        return StepOutputs(hidden=hidden, logits=logits, ids=nothing, finite=nothing.bool())
+    ids = sample(
+        logits,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.seed,
+        sampling.choice,
+        sampling.position,
+        sampling.hints,
+    )
+    last_ids.index_copy_(0, sampling.slots.long(), ids.to(last_ids.dtype))
+    # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
+    return StepOutputs(hidden=hidden, logits=logits, ids=ids, finite=logits.sum(dim=-1).isfinite())

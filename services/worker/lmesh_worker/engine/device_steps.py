@@ -1,0 +1,230 @@
+"""Steps of an accelerator's engine: all columns in one copy, and graphs where a size comes again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from lmesh_kernels.layers.attention import PagedAttention
+from lmesh_kernels.lora.bank import AdapterBank
+from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, Pieces, Shape, plan_pieces, shared_prefixes
+from lmesh_kernels.ops.sample import SampleHints
+from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
+from lmesh_kernels.platforms.platform import Platform
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmesh_worker.engine.buffers import Arena
+from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
+from lmesh_worker.engine.graphs import GraphKey, StepGraphs
+from lmesh_worker.engine.inputs import (
+    PromptScoring,
+    Sampling,
+    StepColumns,
+    StepInputs,
+    adapter_rows,
+    batch_on_device,
+    gather,
+    hints,
+    prompt_scoring,
+)
+from lmesh_worker.engine.plan import StepPlan
+from lmesh_worker.engine.slots import Slots
+
+_Told = tuple[NDArray[np.generic], int | None, int]
+
+
+class DeviceSteps:
+    """One arena of columns on the device, and the graphs that read it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: PagedAttention,
+        slots: Slots,
+        bank: AdapterBank,
+        platform: Platform,
+        *,
+        block_size: int,
+        max_tokens: int,
+        max_seqs: int,
+        depth: int,
+        graphs: bool,
+    ) -> None:
+        assert attention.device is not None
+        self._decoder, self._attention, self._slots = decoder, attention, slots
+        self._bank, self._block_size, self._shape = bank, block_size, attention.device.shape
+        self._arena = Arena(platform, capacity=_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
+        self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
+
+    def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
+        """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
+        self._slots.take_in([row.sequence for row in plan.rows])
+        _neighbours(plan, self._slots)
+        columns = gather(plan, self._slots, self._block_size)
+        pieces = self._pieces(columns)
+        told = hints(columns, self._slots)
+        self._arena.begin()
+        adapted = any(row.sequence.adapter for row in plan.rows)
+        key = None
+        if self.graphs is not None and not adapted:
+            key = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told)
+        if key is None:
+            adapters = adapter_rows(plan, columns, self._arena.put, self._bank) if adapted else NO_ADAPTERS
+            return (
+                columns,
+                prompt_scoring(plan, columns, self._arena.put),
+                self._as_it_is(columns, pieces, told, adapters),
+            )
+        compute = self._captured(key, columns, pieces, told)
+        return columns, prompt_scoring(plan, columns, self._arena.put), compute
+
+    def _pieces(self, columns: StepColumns) -> Pieces:
+        count = columns.num_decodes
+        groups: tuple[tuple[int, int, int], ...] = ()
+        if count > 1 and not self._shape.invariant:
+            width = -(-int(columns.kv_lens[:count].min()) // self._block_size)
+            tables = self._slots.tables[columns.slots[:count], :width]
+            groups = shared_prefixes(tables, columns.kv_lens[:count], self._block_size)
+        return plan_pieces(columns.q_lens, columns.kv_lens, self._shape, groups=groups, names=columns.slots)
+
+    def _as_it_is(self, columns: StepColumns, pieces: Pieces, told: SampleHints, adapters: AdapterRows) -> Compute:
+        views = {
+            name: self._arena.put(values) for name, (values, _, _) in _columns(columns, pieces, self._slots).items()
+        }
+        kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), parts=bool(pieces.parts.any()))
+        inputs = self._inputs(views, kinds, told, adapters)
+        changes = self._changes()
+
+        def compute() -> StepOutputs:
+            self._upload(changes)
+            return self._compute(inputs)
+
+        return compute
+
+    def _captured(self, key: GraphKey, columns: StepColumns, pieces: Pieces, told: SampleHints) -> Compute:
+        assert self.graphs is not None
+        graphs, told_columns = self.graphs, _columns(columns, pieces, self._slots, key)
+        captured = graphs.find(key)
+        if captured is not None:
+            for values, capacity, fill in told_columns.values():
+                self._arena.write(values, capacity, fill)
+            changes = self._changes()
+
+            def replay() -> StepOutputs:
+                self._upload(changes)
+                captured.graph.replay()
+                return captured.outputs
+
+            return replay
+        views = {name: self._arena.put(*told) for name, told in told_columns.items()}
+        kinds = _Kinds(narrow=True, wide=key.has_wide, parts=key.has_parts)
+        inputs = self._inputs(views, kinds, told, NO_ADAPTERS)
+        changes = self._changes()
+
+        def compute() -> StepOutputs:
+            self._upload(changes)
+            outputs = self._compute(inputs)
+            if graphs.due(key):
+                graphs.capture(key, lambda: self._compute(inputs))
+            return outputs
+
+        return compute
+
+    def _compute(self, inputs: StepInputs) -> StepOutputs:
+        return compute_step(self._decoder, self._attention, self._slots.last_ids, inputs)
+
+    def _changes(self) -> tuple[Tensor, Tensor] | None:
+        changes = self._slots.changes()
+        return None if changes is None else (self._arena.put(changes[0]), self._arena.put(changes[1]))
+
+    def _upload(self, changes: tuple[Tensor, Tensor] | None) -> None:
+        self._arena.upload()
+        if changes is not None:
+            assert self._slots.device_tables is not None
+            places, blocks = changes
+            self._slots.device_tables.view(-1).index_put_((places,), blocks)
+
+    def _inputs(self, views: dict[str, Tensor], kinds: _Kinds, told: SampleHints, adapters: AdapterRows) -> StepInputs:
+        assert self._slots.device_tables is not None
+        work = AttentionWork(
+            narrow=views["narrow"],
+            wide=views["wide"],
+            counts=views["counts"],
+            parts_first=views["parts_first"],
+            parts=views["parts"],
+            has_narrow=kinds.narrow,
+            has_wide=kinds.wide,
+            has_parts=kinds.parts,
+        )
+        batch = batch_on_device(
+            views["ids"], views["positions"], views["kv_slots"], self._slots.device_tables, work, adapters
+        )
+        sampled = Sampling(
+            rows=views["sample_tokens"],
+            slots=views["sample_slots"],
+            temperature=views["temperature"],
+            top_p=views["top_p"],
+            top_k=views["top_k"],
+            seed=views["seed"],
+            choice=views["choice"],
+            position=views["sample_positions"],
+            hints=told,
+        )
+        return StepInputs(batch=batch, token_slots=views["token_slots"], sampling=sampled)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kinds:
+    """Which of attention's launches a step has."""
+
+    narrow: bool
+    wide: bool
+    parts: bool
+
+
+def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey | None = None) -> dict[str, _Told]:
+    """All that a step sends: values, the rows to fill up to (as many as there are, without a graph), and with what.
+
+    What fills up belongs to the spare slot and its block, and asks for no attention.
+    """
+    tokens, samples, narrow, wide = (None,) * 4 if key is None else (key.tokens, key.samples, key.narrow, key.wide)
+    counts = np.array([len(pieces.narrow), len(pieces.wide)], np.int32)
+    of = columns.sample_slots
+    return {
+        "seed": (slots.seed[of], samples, 0),
+        "choice": (slots.choice[of], samples, 0),
+        "sample_positions": (columns.sample_positions, samples, 0),
+        "counts": (counts, None, 0),
+        "narrow": (pieces.narrow, narrow, 0),
+        "wide": (pieces.wide, wide, 0),
+        "parts_first": (pieces.parts_first, tokens, 0),
+        "parts": (pieces.parts, tokens, 0),
+        "ids": (columns.ids, tokens, 0),
+        "token_slots": (columns.token_slots, tokens, -1),
+        "positions": (columns.positions, tokens, 0),
+        "kv_slots": (columns.kv_slots, tokens, slots.spare_kv_slot),
+        "sample_tokens": (columns.sample_tokens, samples, 0),
+        "sample_slots": (of, samples, slots.spare),
+        "temperature": (slots.temperature[of], samples, 0),
+        "top_p": (slots.top_p[of], samples, 1),
+        "top_k": (slots.top_k[of], samples, 0),
+    }
+
+
+def _words(max_tokens: int, max_seqs: int, slots: Slots, shape: Shape) -> int:
+    """Room for the columns of the largest step, table entries that it changes, adapters' tiles and scored prompts."""
+    tokens, rows = max_tokens + 1024, max_seqs + 1024
+    pieces = 2 * FIELDS * (tokens + shape.programs // shape.kv_heads)
+    return 16 * tokens + 16 * rows + pieces + 2 * slots.tables.size + 4096
+
+
+def _neighbours(plan: StepPlan, slots: Slots) -> None:
+    """Brings decodes that begin with the same block next to each other: they may share the reading of a prefix."""
+    count = plan.num_decodes
+    firsts = slots.tables[[row.sequence.slot for row in plan.rows[:count]], 0]
+    if count < 2 or len(np.unique(firsts)) == count:
+        return
+    order = np.argsort(firsts, kind="stable").tolist()
+    plan.rows[:count] = [plan.rows[i] for i in order]

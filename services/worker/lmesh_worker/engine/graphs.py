@@ -1,0 +1,157 @@
+"""Steps captured as graphs: which sizes there are, when one is captured, and how it is run again.
+
+A graph holds a step of so many tokens and so many sampling rows; a smaller step is filled up with rows that nobody
+owns. Attention walks a list of pieces that lies in the step's columns, so one graph serves any lengths, prefill chunks
+among decodes, and shared prefixes. Capturing only records: the second step of a size runs as it is and is recorded
+after it, so nothing waits for graphs and no size is captured that came once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lmesh_kernels.ops.attention_work import Pieces, Shape
+from lmesh_kernels.ops.sample import SampleHints
+
+from lmesh_worker.engine.compute import StepOutputs
+
+# Decodes are filled up by an eighth at most from 8 on. Steps with more tokens than the last size run as they are: what
+# launching costs them is small beside their work (16 layers: about 1 ms of the host beside 10 ms of the device).
+_ROWS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    14,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    72,
+    80,
+    96,
+    112,
+    128,
+    144,
+    160,
+    192,
+    224,
+)
+_TOKENS = (256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_MOST_GRAPHS = 256
+
+Mode = Literal["greedy", "random", "truncated"]
+
+
+def mode_of(hints: SampleHints) -> Mode:
+    """Which sampler a step needs."""
+    if not hints.any_random:
+        return "greedy"
+    return "truncated" if hints.any_truncation else "random"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """One captured graph."""
+
+    tokens: int
+    samples: int
+    narrow: int  # room for pieces
+    wide: int
+    has_wide: bool
+    has_parts: bool
+    mode: Mode
+
+
+def size_above(count: int, sizes: Sequence[int]) -> int | None:
+    """The least of ascending `sizes` that is not below `count`."""
+    at = bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Captured:
+    """A graph and where its results lie."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: StepOutputs
+
+
+class StepGraphs:
+    """The graphs of one runner, least lately used first out."""
+
+    def __init__(self, shape: Shape, *, max_seqs: int) -> None:
+        self._shape = shape
+        self._rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
+        self._tokens = (*self._rows, *(n for n in _TOKENS if n > max_seqs))
+        self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
+        self._seen: Counter[GraphKey] = Counter()
+        self._pool: Any = None
+        self.captures = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a step that a graph can hold."""
+        return self._tokens[-1]
+
+    def key(self, tokens: int, samples: int, pieces: Pieces, hints: SampleHints) -> GraphKey | None:
+        """The graph for such a step; None where none is kept of its size."""
+        size, rows = size_above(tokens, self._tokens), size_above(max(1, samples), self._rows)
+        if size is None or rows is None:
+            return None
+        # Splitting adds no more pieces than programs have heads to take up.
+        room = size + self._shape.programs // self._shape.kv_heads + 1
+        if len(pieces.narrow) > room or len(pieces.wide) > room:
+            return None
+        return GraphKey(
+            tokens=size,
+            samples=rows,
+            narrow=room,
+            wide=room,
+            has_wide=bool(len(pieces.wide)),
+            has_parts=bool(pieces.parts.any()),
+            mode=mode_of(hints),
+        )
+
+    def find(self, key: GraphKey) -> Captured | None:
+        """The graph, if it was captured."""
+        found = self._captured.get(key)
+        if found is not None:
+            self._captured.move_to_end(key)
+        return found
+
+    def due(self, key: GraphKey) -> bool:
+        """Counts a step of this size that ran without a graph; whether the next one like it should have one."""
+        self._seen[key] += 1
+        return self._seen[key] > 1
+
+    def capture(self, key: GraphKey, compute: Callable[[], StepOutputs]) -> None:
+        """Records what `compute` launches, on the stream that calls; nothing runs."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            outputs = compute()
+        finally:
+            graph.capture_end()
+        self._captured[key] = Captured(graph=graph, outputs=outputs)
+        self.captures += 1
+        if len(self._captured) > _MOST_GRAPHS:
+            self._captured.popitem(last=False)
