@@ -43,8 +43,8 @@ def check_sharding(spec: JobSpec, precision: Precision) -> None:
 
 
 def shards_of(spec: JobSpec) -> int:
-    """Parts that the model is held in, one a rank."""
-    return ranks() if spec.parallelism == "fsdp" else 1
+    """Parts that the model is held in, one a rank; a dry run is told how many those will be."""
+    return max(ranks(), spec.world) if spec.parallelism == "fsdp" else 1
 
 
 def load_base(
@@ -52,7 +52,7 @@ def load_base(
 ) -> Home:
     """Loads the model; every rank calls it. Raises WeightsError."""
     trained = spec.method == "full"
-    if shards_of(spec) > 1:
+    if spec.parallelism == "fsdp" and ranks() > 1:
         return load_sharded(files, precision=precision, device=platform.device, trained=trained)
     if spec.parallelism == "fsdp":
         _log.warning("parallelism fsdp on one process: the model is whole on it")

@@ -35,6 +35,7 @@ from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
+from lmesh_trainer.ranks import least
 from lmesh_trainer.recorders import Recorded, check_recorders
 from lmesh_trainer.spec import JobSpec
 from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
@@ -146,7 +147,7 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         trained=trained,
         frozen=spec.method == "lora",
         longest=dataset.counts.longest,
-        free=platform.memory_free(),
+        free=least(platform.memory_free()),  # all ranks make the same plan
         device_type=platform.device.type,
         micro_tokens=spec.micro_tokens,
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
@@ -240,8 +241,9 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
         "dataset": msgspec.structs.replace(spec.dataset, source=""),
         "lora": msgspec.structs.replace(spec.lora, start=start_digest(spec)),
     }
+    ranked = {"parallelism": "ddp", "nodes": 1, "world": 1}
     same = msgspec.structs.replace(
-        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), parallelism="ddp", **places
+        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), **ranked, **places
     )
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())

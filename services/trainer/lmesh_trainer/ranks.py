@@ -36,6 +36,22 @@ class Broadcast(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
+def least(number: int) -> int:
+    """The smallest that a rank gives; every rank calls it."""
+    if ranks() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone: its own says why."""
+    words = ("gloo", "nccl", "connection", "rendezvous", "store")
+    known = isinstance(error, dist.DistError) or type(error) is RuntimeError
+    return known and any(word in str(error).lower() for word in words)
+
+
 def from_first(read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """What `read` gives on the first rank, on every rank; every rank calls it. Raises there what it raises here."""
     if ranks() == 1:
