@@ -24,15 +24,15 @@ from lmesh_trainer.base import load_base
 from lmesh_trainer.data.dataset import load_dataset, microbatches
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.optimiser import AdamW, Optimiser
-from lmesh_trainer.spec import JobSpec, read_spec
+from lmesh_trainer.spec import JobSpec, make_spec
 from lmesh_trainer.subject import make_subject
 from torch import Tensor
 
 
-def write(job: JobSpec, folder: Path) -> None:
+def write(jobs: dict[str, JobSpec], folder: Path) -> None:
     """For the ranks to read."""
-    sharded = msgspec.structs.replace(job, parallelism="fsdp")
-    (folder / "measure.json").write_text(json.dumps(msgspec.to_builtins(sharded)))
+    sharded = {n: msgspec.to_builtins(msgspec.structs.replace(job, parallelism="fsdp")) for n, job in jobs.items()}
+    (folder / "measure.json").write_text(json.dumps(sharded))
 
 
 class Watch:
@@ -65,9 +65,8 @@ class Watch:
         return sum(t.untyped_storage().size() // t.itemsize for t in self._gathered.values())
 
 
-def measure(job: JobSpec, out: Path) -> dict[str, Any]:
+def measure(job: JobSpec) -> dict[str, Any]:
     """One update at a rate of zero."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     files = resolve(job.model)
     config, platform = load_config(files), platforms.detect("cpu", threads=1)
     home = load_base(job, files, config, platform=platform, precision=Precision.FLOAT32)
@@ -104,6 +103,7 @@ def measure(job: JobSpec, out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
-    found = measure(read_spec((folder / "measure.json").read_bytes()), folder / "rank")
+    jobs = json.loads((folder / "measure.json").read_text())
+    found = {name: measure(make_spec(told)) for name, told in jobs.items()}
     torch.save(found, folder / f"measured.{dist.get_rank()}")
     dist.destroy_process_group()

@@ -173,11 +173,10 @@ class TrainingDesk:
 
     def _follower_failed(self, job: Job, report: Report) -> None:
         """A member other than node 0 says nothing but that: the attempt has ended for all."""
-        if report.ended is None or job.publishing:
-            return
-        self._dissolve(job)
-        self._failed(job, report.ended)
-        self._assign()
+        if report.ended is not None and report.ended.state is JobState.FAILED and not job.publishing:
+            self._dissolve(job)
+            self._failed(job, report.ended)
+            self._assign()
 
     def _holders(self, job: Job) -> list[Trainer]:
         """Trainers that have joined and hold its run."""
