@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lmesh_chassis.artifacts.store import FolderStore
 from lmesh_trainer import events
+from lmesh_trainer.job import check_job
+from lmesh_trainer.sources import Bench
 from lmesh_trainer.spec import DatasetSpec, JobSpec, LoraSpec, OptimiserSpec
 from safetensors.torch import load_file
 
 from tests import sharded_rank
 from tests.ranked_jobs import run_ranked, run_ranks
-from tests.training_jobs import run, save_dataset, save_model, spec
+from tests.training_jobs import Heard, run, save_dataset, save_model, spec
 
 COURSE = {"lr_scheduler_type": "cosine", "warmup_steps": 4, "weight_decay": 0.1, "max_grad_norm": 1.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -114,6 +118,23 @@ def test_gradients_are_those_of_one_process_and_half_of_the_weights_is_here(
             assert measured["moments"] == pytest.approx(alone["moments"] / parts, rel=0.02)
             assert 0 < measured["gathered_at_once"] <= measured["one_layer"] and measured["passes"] > 2
             assert measured["gathered_after"] == 0
+
+
+def test_a_dry_run_counts_the_parts_that_there_will_be(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """As a trainer of two processes a node asks for it, in a process alone."""
+    bench = Bench(store=FolderStore(tmp_path), jobs=tmp_path, device="cpu", threads=1, world=2)
+    (tmp_path / "rows").mkdir()
+    rows = f"artifact:{bench.store.put(io.BytesIO(dataset.read_bytes()))}/{dataset.name}"
+    told = {"model": str(model), "dataset": {"source": rows}, "method": "full", "precision": "float32"}
+    plans = []
+    for options in ({}, {"parallelism": "fsdp"}, {"parallelism": "fsdp", "nodes": 2}):
+        heard = Heard()
+        check_job(bench.prepare(told | options, tmp_path / "rows"), heard)
+        plans += [plan.lines for plan in heard.of(events.PlanMade)]
+    whole, two, four = plans
+    assert "gathered weights and gradients" in two and "gathered weights and gradients" not in whole
+    for line in ("gradient sums", "optimiser"):
+        assert [two[line] / whole[line], four[line] / whole[line]] == pytest.approx([0.5, 0.25], rel=1e-3)
 
 
 class TestRefusals:

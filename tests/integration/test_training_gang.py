@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from lmesh.scheduler.v1 import trainers_pb2
 from lmesh.training.v1 import training_pb2 as pb
 from lmesh.training.v1 import training_pb2_grpc
 from lmesh_scheduler.service import SchedulerService
@@ -19,7 +22,7 @@ from lmesh_scheduler.training.jobs import Job, JobState
 
 from tests.redis_server import running_redis
 from tests.scheduler_links import SchedulerLinks, running_scheduler, worker_hello
-from tests.trainer_scene import Place, trainer_process
+from tests.trainer_scene import Place, running_trainer, trainer_process
 from tests.training_jobs import run, save_dataset, save_model
 from tests.training_jobs import spec as plain_spec
 from tests.worker_process import until
@@ -70,15 +73,20 @@ def step_of(job: Job) -> int:
 
 def ranks_in(folder: Path) -> list[int]:
     """Ids of processes that train below a folder, without what launched them."""
-    found = []
+    return [pid for pid, line in _processes(folder) if "torch.distributed.run" not in line]
+
+
+def launchers_in(folder: Path) -> list[int]:
+    """Ids of what launched them."""
+    return [pid for pid, line in _processes(folder) if "torch.distributed.run" in line]
+
+
+def _processes(folder: Path) -> Iterator[tuple[int, str]]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):  # it ended meanwhile
             line = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it ended meanwhile
-            continue
-        if f"{folder}/" in line and "lmesh_trainer.process" in line and "torch.distributed.run" not in line:
-            found.append(int(path.parent.name))
-    return found
+            if f"{folder}/" in line and "lmesh_trainer.process" in line:
+                yield int(path.parent.name), line
 
 
 @pytest.fixture
@@ -138,3 +146,22 @@ async def test_what_nobody_could_run(mesh: Mesh) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await mesh.create("none", nodes=0)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "spec.nodes" in str(caught.value.details())
+
+
+async def test_a_follower_is_held_until_it_is_dropped_and_leaves_without_a_word(tmp_path: Path) -> None:
+    place = Place(tmp_path, save_model(tmp_path / "tiny"), save_dataset(tmp_path / "chats.jsonl"))
+    gang = trainers_pb2.Gang(node=1, nodes=2, rendezvous="127.0.0.1:9")  # where nobody is
+    async with running_trainer(place, rendezvous="127.0.0.1:29500") as running:
+        told, held = running.scheduler, running.trainer.runs.held
+        assert told.hellos[0].rendezvous == "127.0.0.1:29500"
+        for lease in (1, 2):
+            start = trainers_pb2.StartRun(job_id="job", lease=lease, spec=place.spec(), gang=gang)
+            told.commands.put_nowait(trainers_pb2.JoinResponse(starts=[start]))
+            await until(lambda: bool(launchers_in(place.folder)), 60)
+            assert held() == {"job": lease} and not told.taken["job", lease]
+            if lease == 1:
+                told.ask(("job", 1), trainers_pb2.WISH_DROP)
+                await until(lambda: not held() and not launchers_in(place.folder), 30)
+        running.shutdown.request()
+        await asyncio.wait_for(asyncio.shield(running.done), 60)
+        assert not launchers_in(place.folder) and not any(told.taken.values())
