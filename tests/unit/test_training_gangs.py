@@ -94,6 +94,18 @@ def test_a_lost_member_ends_the_attempt_on_all(lost: str) -> None:
     assert kept.runs == again.runs == {"a": job.lease}
 
 
+def test_who_led_leads_again() -> None:
+    scene = Scene()
+    x, y = joined(scene, "x", "y")
+    job = scene.create(nodes=2)
+    (w,) = joined(scene, "a")
+    scene.end(y, job, 1, JobState.FAILED, "JOB_DIED")
+    assert job.members == ("x", "a") and not y.runs and orders(w)[0].gang == Gang(1, 2, "x:29500")
+    x.draining = True
+    scene.end(w, job, 1, JobState.FAILED, "JOB_DIED")
+    assert job.members == ("a", "y")
+
+
 def test_a_follower_says_only_that_it_failed() -> None:
     scene = Scene()
     x, y = joined(scene, "x", "y")

@@ -269,7 +269,7 @@ class TrainingDesk:
         for job in [job for job in self.jobs.all() if job.state is JobState.QUEUED]:
             if not free:
                 return
-            members = choose(job.nodes, free)
+            members = choose(job, free)
             if members:
                 self._start(job, members)
                 free = [t for t in free if t not in members] + [t for t in members if t.free]

@@ -8,10 +8,16 @@ from lmesh_scheduler.training.jobs import Job, JobState
 from lmesh_scheduler.training.trainers import Gang, Trainer
 
 
-def choose(nodes: int, trainers: Iterable[Trainer]) -> list[Trainer]:
-    """The trainers of a run of `nodes`, node 0 first, by id; none where there are too few that are free."""
-    free = [trainer for trainer in trainers if trainer.free and (nodes == 1 or trainer.hello.rendezvous)]
-    return free[:nodes] if len(free) >= nodes else []
+def choose(job: Job, free: list[Trainer]) -> list[Trainer]:
+    """The trainers that run a job, node 0 first; none where too few of the free ones can.
+
+    Of several the one that led before leads again, where its checkpoints are; the others follow by id.
+    """
+    if job.nodes == 1:
+        return free[:1]
+    able = [trainer for trainer in free if trainer.hello.rendezvous]
+    able.sort(key=lambda trainer: (trainer.hello.trainer_id != job.trainer_id, trainer.hello.trainer_id))
+    return able[: job.nodes] if len(able) >= job.nodes else []
 
 
 def may_be_met(nodes: int, trainers: Iterable[Trainer]) -> bool:
