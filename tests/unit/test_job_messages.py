@@ -24,7 +24,7 @@ PAIRS = [
     (training_pb2.LoraSpec, LoraSpec),
     (training_pb2.OptimiserSpec, OptimiserSpec),
 ]
-OURS = {"device", "threads", "world"}
+OURS = {"device", "threads", "world"}  # the trainer's own settings, not a client's
 # No value is its field's default.
 EVERY: dict[str, Any] = {
     "model": "m",

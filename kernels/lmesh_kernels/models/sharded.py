@@ -155,6 +155,11 @@ class ShardedHome:
         """See `Home`; here a layer's unit's pass."""
         return cast(Tensor, self._root.layers[index](run, total))
 
+    def forget(self) -> None:
+        """Lets go of what is still gathered: after a pass without gradients that is the outermost unit."""
+        for unit in (*self._units(), self._root):
+            cast(FSDPModule, unit).reshard()
+
     @torch.no_grad()
     def matrix(self, product: str) -> Tensor:
         """A product's weights, gathered for the caller; every rank calls it."""
@@ -178,6 +183,10 @@ class ShardedParameters(Parameters):
         for item in self:
             # The sums that each backward pass of a unit adds to.
             home.parameter(item.name).grad = home.spread(item.name, item.trained.grad)
+
+    def publish(self) -> None:
+        """The next pass gathers the masters as they are now."""
+        self._home.forget()
 
     def reduce(self) -> None:
         """Nothing: every backward pass has done it."""
