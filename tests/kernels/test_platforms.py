@@ -28,6 +28,21 @@ def test_what_is_not_there_is_refused_by_name() -> None:
             detect(name)
 
 
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("lmesh_kernels.platforms.cuda.CudaPlatform", lambda index: opened.append(index) or index)
+    detect("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    detect("cuda")
+    assert opened == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(PlatformError, match="rank 2"):
+        detect("cuda")
+
+
 def test_a_cpu_stream_runs_in_order_and_in_place() -> None:
     platform = detect("cpu", threads=2)
     stream = platform.stream()

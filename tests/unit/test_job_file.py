@@ -88,7 +88,7 @@ class TestReading:
 
         parts = {"dataset.": DatasetSpec, "lora.": LoraSpec, "optimiser.": OptimiserSpec, "": JobSpec}
         own = {f"{prefix}{name}" for prefix, kind in parts.items() for name in kind.__struct_fields__}
-        assert own - known_keys() == {"device", "threads"}  # the trainer's, not the client's
+        assert own - known_keys() == {"device", "threads", "world"}  # the trainer's, not the client's
 
     def test_the_page_lists_every_key(self) -> None:
         rows = table(ROOT / "docs/training.md", "Settings")
@@ -104,7 +104,7 @@ class TestRefusals:
             ("epoch: 2", r"^epoch: no such key; did you mean epochs\?"),
             ("learning_rate: 1", r"^learning_rate: no such key; did you mean optimiser.learning_rate\?"),
             ("lora: {rank: 4}", r"^lora.rank: no such key"),
-            ("nonsense: 2", r"^nonsense: no such key; there are model, dataset"),
+            ("whatever: 2", r"^whatever: no such key; there are model, dataset"),
             ("epochs: two", r"^epochs: must be a number, not the text 'two'"),
             ("epochs: true", r"^epochs: must be a number, not True"),
             ("epochs: .nan", r"^epochs: must be a number"),

@@ -24,7 +24,7 @@ PAIRS = [
     (training_pb2.LoraSpec, LoraSpec),
     (training_pb2.OptimiserSpec, OptimiserSpec),
 ]
-OURS = {"device", "threads"}  # the trainer's own settings, not a client's
+OURS = {"device", "threads", "world"}  # the trainer's own settings, not a client's
 # No value is its field's default.
 EVERY: dict[str, Any] = {
     "model": "m",
@@ -76,6 +76,8 @@ EVERY: dict[str, Any] = {
     "keep_checkpoints": 5,
     "early_stop_patience": 2,
     "report_to": ["tensorboard", "wandb"],
+    "parallelism": "ddp",
+    "nodes": 2,
 }
 
 
@@ -102,7 +104,7 @@ def test_every_field_arrives() -> None:
     assert {name: value for name, value in found.items() if name not in OURS} == EVERY
     default = json.loads(msgspec.json.encode(make_spec({"model": "", "dataset": {"source": ""}})))
     same = [name for name in EVERY if default[name] == EVERY[name]]
-    assert same == ["method"]  # full has no NF4
+    assert same == ["method", "parallelism"]  # neither full nor fsdp has NF4
 
 
 def test_what_is_not_set_has_its_default_and_what_is_set_to_zero_is_zero() -> None:

@@ -14,6 +14,8 @@ from lmesh_kernels.models.weights import bind, read_safetensors
 from lmesh_kernels.quant.nf4 import Nf4Tensor
 
 if TYPE_CHECKING:
+    from lmesh_kernels.models.parameters import Precision
+    from lmesh_kernels.models.sharded import ShardedHome
     from lmesh_kernels.text.resolve import ModelFiles
 
 
@@ -30,6 +32,19 @@ def load_model(
     decoder = Decoder(config, dtype=dtype, device=device, quantisation=chosen).eval()
     bind(decoder, read_tensors(files, config))
     return decoder
+
+
+def load_sharded(files: ModelFiles, *, precision: Precision, device: torch.device, trained: bool) -> ShardedHome:
+    """As `load_model`, over all ranks: of each tensor a rank copies its own rows. Every rank calls it.
+
+    `trained` says whether the weights are, or are frozen. Raises UnsupportedModelError and WeightsError.
+    """
+    from lmesh_kernels.models.sharded import ShardedHome
+
+    config = load_config(files)
+    home = ShardedHome(config, precision=precision, device=device, trained=trained)
+    home.load(read_tensors(files, config))
+    return home
 
 
 def read_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[tuple[str, Tensor | Nf4Tensor]]:

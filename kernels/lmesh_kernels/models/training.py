@@ -12,6 +12,7 @@ from torch import Tensor
 from lmesh_kernels.layers.packed_batch import PackedBatch
 from lmesh_kernels.layers.recompute import Recompute, run_again
 from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.home import Home, Lookup, ResidentHome
 from lmesh_kernels.ops.attn_out import attn_out_train
 from lmesh_kernels.ops.dropout import Dropout
 from lmesh_kernels.ops.embedding import embed_train
@@ -47,66 +48,78 @@ class _Layer:
 class TrainingPass:
     """Loss and gradients of a decoder over packed rows.
 
-    `trained` are slots of the decoder (as `named_buffers` calls them) that are themselves trained; `adapters` what is
-    added to fused products, by the name of their module ("layers.3.attention.qkv"). Gradients go to the sums that
-    `Trained` holds. Only one thread may use it.
+    `adapters` are added to fused products, by the name of their module ("layers.3.attention.qkv"). Gradients go to
+    the sums that `Trained` holds: an adapter's, and those of weights that are themselves trained. Only one thread may
+    use it.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        home: Home | Decoder,
         *,
         trained: Mapping[str, Trained] | None = None,
         adapters: Mapping[str, LowRank] | None = None,
         recompute: Recompute = Recompute.NONE,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self._decoder, self._recompute, self._chunk_bytes = decoder, recompute, chunk_bytes
-        self._trained, self._adapters = dict(trained or {}), dict(adapters or {})
-        config = decoder.config
+        """A decoder is one whose weights are all here; `trained` are then the slots of it that are trained."""
+        self._home: Home = ResidentHome(home, trained) if isinstance(home, Decoder) else home
+        self._decoder, self._recompute, self._chunk_bytes = self._home.decoder, recompute, chunk_bytes
+        self._adapters = dict(adapters or {})
+        config = self._decoder.config
         self._heads = Heads(heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
         self._eps = config.rms_norm_eps
-        self._layers = [self._layer(f"layers.{index}") for index in range(config.num_layers)]
 
-    def _weight(self, slot: str) -> Weight:
-        return self._trained.get(slot) or self._decoder.get_buffer(slot)
+    @property
+    def lockstep(self) -> bool:
+        """Whether every rank must run as many batches as every other."""
+        return self._home.lockstep
 
-    def _product(self, name: str) -> Product:
+    def _product(self, name: str, weight: Lookup) -> Product:
         module = self._decoder.product(name)
-        bias = None if module.bias is None else self._weight(f"{name}.bias")
-        weight = module.quantised or self._weight(f"{name}.weight")
-        return Product(weight=weight, bias=bias, low=self._adapters.get(name))
+        bias = None if module.bias is None else weight(f"{name}.bias")
+        return Product(weight=module.quantised or weight(f"{name}.weight"), bias=bias, low=self._adapters.get(name))
 
-    def _layer(self, name: str) -> _Layer:
+    def _layer(self, name: str, weight: Lookup) -> _Layer:
         normed = self._decoder.config.qk_norm
         return _Layer(
-            attention_norm=self._weight(f"{name}.attention_norm.weight"),
-            qkv=self._product(f"{name}.attention.qkv"),
-            q_norm=self._weight(f"{name}.attention.q_norm.weight") if normed else None,
-            k_norm=self._weight(f"{name}.attention.k_norm.weight") if normed else None,
-            out=self._product(f"{name}.attention.out"),
-            mlp_norm=self._weight(f"{name}.mlp_norm.weight"),
-            gate_up=self._product(f"{name}.mlp.gate_up"),
-            down=self._product(f"{name}.mlp.down"),
+            attention_norm=weight(f"{name}.attention_norm.weight"),
+            qkv=self._product(f"{name}.attention.qkv", weight),
+            q_norm=weight(f"{name}.attention.q_norm.weight") if normed else None,
+            k_norm=weight(f"{name}.attention.k_norm.weight") if normed else None,
+            out=self._product(f"{name}.attention.out", weight),
+            mlp_norm=weight(f"{name}.mlp_norm.weight"),
+            gate_up=self._product(f"{name}.mlp.gate_up", weight),
+            down=self._product(f"{name}.mlp.down", weight),
         )
 
     def hidden(self, batch: PackedBatch, dropout: Dropout | None = None) -> Tensor:
         """[T, hidden] after the last norm."""
-        rotation = self._decoder.rotations.index_select(0, batch.positions)
-        total = embed_train(batch.ids, self._weight("embedding.weight"))
-        for layer in self._layers:
-            total = self._run(layer if dropout is None else layer.with_dropout(dropout), total, rotation, batch)
-        return rms_norm_train(total, self._weight("norm.weight"), self._eps)
+        return self._home.whole(lambda weight: (self._hidden(batch, dropout, weight),))[0]
+
+    def _hidden(self, batch: PackedBatch, dropout: Dropout | None, weight: Lookup) -> Tensor:
+        rotation = self._home.rotations.index_select(0, batch.positions)
+        total = embed_train(batch.ids, weight("embedding.weight"))
+        for index in range(self._decoder.config.num_layers):
+            run = partial(self._run, index, dropout, rotation, batch)
+            total = self._home.in_layer(index, run, total)
+        return rms_norm_train(total, weight("norm.weight"), self._eps)
 
     def loss(self, batch: PackedBatch, dropout: Dropout | None = None) -> LossSums:
         """The sums over the batch; `.loss.backward()` adds the gradients of the sum."""
-        head = self._weight("embedding.weight" if self._decoder.head is None else "head.weight")
-        hidden = self.hidden(batch, dropout)
-        return head_loss(hidden, head, batch.targets, batch.weights, chunk_bytes=self._chunk_bytes)
+        head = "embedding.weight" if self._decoder.head is None else "head.weight"
+
+        def run(weight: Lookup) -> tuple[Tensor, ...]:
+            hidden = self._hidden(batch, dropout, weight)
+            sums = head_loss(hidden, weight(head), batch.targets, batch.weights, chunk_bytes=self._chunk_bytes)
+            return sums.loss, sums.correct
+
+        loss, correct = self._home.whole(run)
+        return LossSums(loss, correct)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
-        """Log-probabilities [T] float32 of `batch.targets` under the model; what a last token's is means nothing."""
+        """Log-probabilities [T] float32 of `batch.targets` under a resident model; a last token's means nothing."""
         hidden = self.hidden(batch)
         rows = max(1, self._chunk_bytes // (4 * self._decoder.config.vocab_size))
         found = []
@@ -116,7 +129,18 @@ class TrainingPass:
             found.append(chosen - torch.logsumexp(logits, dim=-1))
         return torch.cat(found)
 
-    def _run(self, layer: _Layer, total: Tensor, rotation: Tensor, batch: PackedBatch) -> Tensor:
+    def _run(
+        self,
+        index: int,
+        dropout: Dropout | None,
+        rotation: Tensor,
+        batch: PackedBatch,
+        weight: Lookup,
+        total: Tensor,
+    ) -> Tensor:
+        layer = self._layer(f"layers.{index}", weight)
+        if dropout is not None:
+            layer = layer.with_dropout(dropout)
         attention, mlp = partial(self._attention, layer, rotation, batch), partial(self._mlp, layer)
         match self._recompute:
             case Recompute.NONE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.row_shard import RowShard
 from lmesh_kernels.quant.bitsandbytes_tensors import QuantisedTensorError, owner, read_nf4
 from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise
 from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
-Slot = Tensor | Nf4Matrix
+Slot = Tensor | Nf4Matrix | RowShard
 
 # Buffers that older checkpoints saved and the config determines.
 IGNORABLE = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
@@ -88,7 +89,12 @@ def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) ->
 
     Raises WeightsError naming tensors that have no slot, a wrong shape or come twice, and slots left unfilled.
     """
-    table, slots = bindings(decoder.config), _slots(decoder)
+    fill(decoder.config, _slots(decoder), tensors)
+
+
+def fill(config: ModelConfig, slots: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) -> None:
+    """As `bind`, into slots that lie elsewhere than in a decoder."""
+    table = bindings(config)
     seen: set[str] = set()
     copies: list[tuple[str, Tensor | Nf4Tensor]] = []
     unknown: list[str] = []
@@ -100,7 +106,7 @@ def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) ->
         elif table[name].duplicate:
             copies.append((name, tensor))
         else:
-            _copy(name, tensor, table[name], slots, seen, decoder.config.quantisation)
+            _copy(name, tensor, table[name], slots, seen, config.quantisation)
     if unknown:
         raise WeightsError("UNKNOWN_TENSORS", f"tensors without a slot: {_some(unknown)}")
     missing = [name for name, place in table.items() if not place.duplicate and name not in seen]
@@ -108,8 +114,8 @@ def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) ->
         raise WeightsError("MISSING_TENSORS", f"tensors the checkpoint lacks: {_some(missing)}")
     for name, tensor in copies:
         target = slots[table[name].slot]
-        assert isinstance(target, Tensor)  # quantised are the layers' products, and those are never tied
-        _check_copy(name, tensor, target[table[name].start : table[name].start + table[name].rows])
+        assert not isinstance(target, Nf4Matrix)  # quantised are the layers' products, and those are never tied
+        _check_copy(name, tensor, target)
 
 
 def _slots(decoder: Decoder) -> dict[str, Slot]:
@@ -121,7 +127,12 @@ def _slots(decoder: Decoder) -> dict[str, Slot]:
 
 
 def _copy(
-    name: str, tensor: Tensor | Nf4Tensor, place: Binding, slots: dict[str, Slot], seen: set[str], stored: Quantisation
+    name: str,
+    tensor: Tensor | Nf4Tensor,
+    place: Binding,
+    slots: Mapping[str, Slot],
+    seen: set[str],
+    stored: Quantisation,
 ) -> None:
     if name in seen:
         raise WeightsError("DUPLICATE_TENSOR", f"tensor {name} is in the checkpoint twice")
@@ -131,10 +142,17 @@ def _copy(
         # What a quantised checkpoint left in its dtype stays so: an adapter was trained on it as it is.
         slot.put(place.start, tensor, keep=stored == "nf4")
     elif isinstance(tensor, Nf4Tensor):
-        slot[place.start : place.start + place.rows].copy_(dequantise(tensor, slot.dtype))
+        _put(slot, place, dequantise(tensor, slot.dtype))
+    else:
+        _put(slot, place, tensor)
+    seen.add(name)
+
+
+def _put(slot: Tensor | RowShard, place: Binding, tensor: Tensor) -> None:
+    if isinstance(slot, RowShard):
+        slot.put(place.start, tensor)
     else:
         slot[place.start : place.start + place.rows].copy_(tensor)
-    seen.add(name)
 
 
 def _check_shape(name: str, tensor: Tensor | Nf4Tensor, due: tuple[int, ...]) -> None:
@@ -143,11 +161,17 @@ def _check_shape(name: str, tensor: Tensor | Nf4Tensor, due: tuple[int, ...]) ->
         raise WeightsError("SHAPE_MISMATCH", f"tensor {name} has shape {shapes} as the config says")
 
 
-def _check_copy(name: str, tensor: Tensor | Nf4Tensor, target: Tensor) -> None:
+def _check_copy(name: str, tensor: Tensor | Nf4Tensor, target: Tensor | RowShard) -> None:
     """A tied checkpoint may carry its head again; a different one would be silently lost."""
     _check_shape(name, tensor, tuple(target.shape))
-    if isinstance(tensor, Nf4Tensor) or not torch.equal(tensor.to(target.dtype), target.to(tensor.device)):
+    if isinstance(tensor, Nf4Tensor) or not _same(tensor, target):
         raise WeightsError("UNTIED_HEAD", f"{name} differs from the embedding, but tie_word_embeddings is set")
+
+
+def _same(tensor: Tensor, target: Tensor | RowShard) -> bool:
+    if isinstance(target, RowShard):
+        return target.holds(tensor)
+    return torch.equal(tensor.to(target.dtype), target.to(tensor.device))
 
 
 def _some(names: list[str]) -> str:

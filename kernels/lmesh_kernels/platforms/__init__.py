@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lmesh_kernels.platforms.cpu import CpuPlatform
@@ -42,13 +44,22 @@ def _open(name: str, threads: int) -> Platform:
     if name == "cuda":
         from lmesh_kernels.platforms.cuda import CudaPlatform
 
-        return CudaPlatform()
+        return CudaPlatform(_local_index())
     if name == "rocm":
         from lmesh_kernels.platforms.rocm import RocmPlatform
 
-        return RocmPlatform()
+        return RocmPlatform(_local_index())
     if name == "xpu":
         from lmesh_kernels.platforms.xpu import XpuPlatform
 
         return XpuPlatform()
     return CpuPlatform(threads)
+
+
+def _local_index() -> int:
+    """The device of this rank where torchrun started several on one machine, else the first visible one."""
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} GPUs are visible"
+        raise PlatformError(f"rank {index} of this machine has no GPU of its own: {there}")
+    return index

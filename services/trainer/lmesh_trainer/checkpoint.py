@@ -46,8 +46,8 @@ class Checkpoint:
     """What was read."""
 
     progress: Progress
-    parameters: dict[str, Tensor]
-    optimiser: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    optimiser: Mapping[str, Tensor]
 
 
 def save_checkpoint(

@@ -28,6 +28,9 @@ class TrainerSettings(ChassisSettings):
     threads: int = 0
     world: int = 1  # processes of a run, under torchrun
     slots: int = 1  # jobs at once
+    # host:port at which other trainers reach the first rank of a run here, and the ports after it for further slots;
+    # empty: no job of several trainers.
+    rendezvous: str = ""
     query_timeout_s: float = 1800.0  # of one dry run, inspection or export
     max_waiting_reports: int = (
         100_000  # of a run that goes on without a scheduler; beyond, its oldest steps are left out
@@ -39,6 +42,9 @@ class TrainerSettings(ChassisSettings):
         for name in ("world", "slots", "max_waiting_reports"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        host, _, port = self.rendezvous.rpartition(":")
+        if self.rendezvous and not (host and port.isdecimal() and 0 < int(port) <= 65535 - self.slots):
+            raise ValueError(f"rendezvous must be host:port, with a port for each slot, not {self.rendezvous!r}")
         if self.query_timeout_s <= 0:
             raise ValueError("query_timeout_s must be positive")
 

@@ -12,3 +12,6 @@ class JobError(ValueError):
         super().__init__(message)
         self.reason = reason
         self.message = message
+
+    def __reduce__(self) -> tuple[type[JobError], tuple[str, str]]:
+        return type(self), (self.reason, self.message)  # between ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -14,10 +14,9 @@ import torch.distributed as dist
 from lmesh_kernels import platforms
 from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.lora.sites import sites
-from lmesh_kernels.models.config import ModelConfig, Quantisation, UnsupportedModelError, load_config
+from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError, load_config
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
-from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.models.weights import WeightsError
 from lmesh_kernels.platforms.platform import Platform, PlatformError
 from lmesh_kernels.text.digests import base_digest
@@ -25,6 +24,7 @@ from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
 
 from lmesh_trainer import events
+from lmesh_trainer.base import check_sharding, load_base, quantisation_of, shards_of
 from lmesh_trainer.data.dataset import Dataset, load_dataset
 from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.errors import JobError
@@ -35,6 +35,7 @@ from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
+from lmesh_trainer.ranks import least
 from lmesh_trainer.recorders import Recorded, check_recorders
 from lmesh_trainer.spec import JobSpec
 from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
@@ -87,8 +88,8 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     plan = _plan(spec, config, dataset, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
-    decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=_quantisation(spec, config))
-    subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
+    home = load_base(spec, files, config, platform=platform, precision=precision)
+    subject = make_subject(spec, home, files, precision=precision, recompute=plan.recompute)
     loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
     resumed = loop.resume()
     if not resumed:
@@ -99,8 +100,9 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     if outcome is events.Outcome.COMPLETED:
         report(events.PhaseBegun(phase=events.Phase.FINALIZING))
         loop.take_best()
+        wholes = subject.parameters.wholes()
         if not _ranked() or dist.get_rank() == 0:
-            _publish(spec, folder, files, dataset, subject, loop, report)
+            _publish(spec, folder, files, dataset, subject, wholes, loop, report)
     return outcome
 
 
@@ -135,15 +137,9 @@ def _precision(spec: JobSpec, platform: Platform) -> Precision:
     return Precision.FLOAT32 if platform.default_dtype() == torch.float32 else Precision.BF16
 
 
-def _quantisation(spec: JobSpec, config: ModelConfig) -> Quantisation:
-    if config.quantisation != "none" and spec.method == "full":
-        hint = "the base is quantised: its weights cannot be trained; take method lora"
-        raise JobError("NOT_SUPPORTED", hint)
-    return "nf4" if spec.load_in_4bit else config.quantisation
-
-
 def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platform, report: Report) -> TrainingPlan:
     precision = _precision(spec, platform)
+    check_sharding(spec, precision)
     trained = _trained_count(spec, config)
     plan = plan_training(
         config,
@@ -151,11 +147,12 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         trained=trained,
         frozen=spec.method == "lora",
         longest=dataset.counts.longest,
-        free=platform.memory_free(),
+        free=least(platform.memory_free()),  # all ranks make the same plan
         device_type=platform.device.type,
         micro_tokens=spec.micro_tokens,
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
-        quantisation=_quantisation(spec, config),
+        quantisation=quantisation_of(spec, config),
+        shards=shards_of(spec),
     )
     steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
     report(
@@ -176,7 +173,7 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
     if spec.method == "full":
         return sum(slot.numel() for name, slot in shapes.named_buffers() if name != "rotations")
     if spec.lora.start:
-        adapter = start_adapter(spec, shapes)
+        adapter = start_adapter(spec, config)
         return sum(
             f.a.numel() + f.b.numel() + (0 if f.magnitude is None else len(f.magnitude)) for f in adapter.values()
         )
@@ -244,8 +241,9 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
         "dataset": msgspec.structs.replace(spec.dataset, source=""),
         "lora": msgspec.structs.replace(spec.lora, start=start_digest(spec)),
     }
+    ranked = {"parallelism": "ddp", "nodes": 1, "world": 1}
     same = msgspec.structs.replace(
-        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), **places
+        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), **ranked, **places
     )
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
@@ -254,13 +252,20 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
 
 
 def _publish(
-    spec: JobSpec, folder: Path, files: ModelFiles, dataset: Dataset, subject: Subject, loop: Loop, report: Report
+    spec: JobSpec,
+    folder: Path,
+    files: ModelFiles,
+    dataset: Dataset,
+    subject: Subject,
+    wholes: Mapping[str, torch.Tensor],
+    loop: Loop,
+    report: Report,
 ) -> None:
     target = folder / ("adapter" if spec.method == "lora" else "model")
     if target.exists():  # of an attempt that died after this point
         shutil.rmtree(target)
     try:
-        digest = subject.publish(target)
+        digest = subject.publish(target, wholes)
         write_manifest(target, make_manifest(spec, files, dataset, loop.progress, digest=digest))
     except OSError as error:
         raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error

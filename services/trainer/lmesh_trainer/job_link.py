@@ -12,7 +12,7 @@ from lmesh.training.v1 import training_pb2
 
 from lmesh_trainer import events
 from lmesh_trainer.messages import Wish
-from lmesh_trainer.orders import Ask, ExportOrder, InspectOrder, QueryOrder, StartOrder, Told, ValidateOrder
+from lmesh_trainer.orders import Ask, ExportOrder, Gang, InspectOrder, QueryOrder, StartOrder, Told, ValidateOrder
 from lmesh_trainer.outbox import Report
 from lmesh_trainer.queries import questions
 
@@ -56,7 +56,10 @@ def _modules(names: list[str]) -> str | list[str]:
 
 def start_order(start: trainers_pb2.StartRun) -> StartOrder:
     """A job to run."""
-    return StartOrder(job_id=start.job_id, lease=start.lease, told=told(start.spec))
+    gang = None
+    if start.HasField("gang"):
+        gang = Gang(node=start.gang.node, nodes=start.gang.nodes, rendezvous=start.gang.rendezvous)
+    return StartOrder(job_id=start.job_id, lease=start.lease, told=told(start.spec), gang=gang)
 
 
 def ask(asked: trainers_pb2.AskRun) -> Ask | None:

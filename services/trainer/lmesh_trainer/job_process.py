@@ -15,6 +15,7 @@ import msgspec
 
 from lmesh_trainer.events import Ended, Event, Outcome
 from lmesh_trainer.messages import LENGTH, Wish, decode
+from lmesh_trainer.orders import Gang
 from lmesh_trainer.spec import JobSpec
 
 _LONGEST_FRAME = 256 << 20  # a preview of long rows is the largest
@@ -22,12 +23,12 @@ _MODULE = "lmesh_trainer.process"
 
 
 class JobProcess:
-    """One job in one process, or in `world` of them under torchrun."""
+    """One job in one process, or in `world` of them under torchrun; with a gang they are part of a larger world."""
 
-    def __init__(self, folder: Path, *, world: int = 1) -> None:
-        self._folder, self._world = folder, world
+    def __init__(self, folder: Path, *, world: int = 1, gang: Gang | None = None) -> None:
+        self._folder, self._world, self._gang = folder, world, gang
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._writers: list[asyncio.StreamWriter] = []  # one a rank; the one that speaks heeds wishes
         self._wishes: list[Wish] = []
 
     @property
@@ -60,19 +61,26 @@ class JobProcess:
 
     async def _start(self, path: str) -> None:
         command = ["-m", _MODULE, "--folder", str(self._folder), "--socket", path]
-        if self._world > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._world)]
+        if self._world > 1 or self._gang is not None:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self._world), *self._meeting()]
             command = [*launcher, *command]
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
 
+    def _meeting(self) -> list[str]:
+        if self._gang is None:
+            return ["--standalone"]
+        host, _, port = self._gang.rendezvous.rpartition(":")
+        place = ["--nnodes", str(self._gang.nodes), "--node-rank", str(self._gang.node)]
+        return [*place, "--master-addr", host, "--master-port", port]
+
     async def _hear(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: asyncio.Queue[Event | None]
     ) -> None:
-        self._writer = writer
+        self._writers.append(writer)
         for wish in self._wishes:
-            self._write(wish)
+            self._write(wish, writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
@@ -85,19 +93,23 @@ class JobProcess:
         """Says that the process is gone, after everything that it said."""
         assert self._process is not None
         await self._process.wait()
-        if self._writer is not None:
+        for writer in self._writers:
+            if self._process.returncode and self._process.returncode < 0:
+                writer.transport.abort()  # killed: ranks of a torchrun may have outlived it
             with contextlib.suppress(ConnectionError):
-                await self._writer.wait_closed()
+                await writer.wait_closed()
         await heard.put(None)
 
     def ask(self, wish: Wish) -> None:
         """Asks the job to stop or to be cancelled; heard at its next step."""
         self._wishes.append(wish)
-        self._write(wish)
+        for writer in self._writers:
+            self._write(wish, writer)
 
-    def _write(self, wish: Wish) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(f"{wish}\n".encode())
+    @staticmethod
+    def _write(wish: Wish, writer: asyncio.StreamWriter) -> None:
+        if not writer.is_closing():
+            writer.write(f"{wish}\n".encode())
 
     async def kill(self) -> None:
         """Ends the process and all ranks at once; harmless when they are gone."""
@@ -105,6 +117,8 @@ class JobProcess:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        for writer in self._writers:  # torchrun's ranks have sessions of their own; each leaves when its line breaks
+            writer.transport.abort()
         await self._process.wait()
 
 

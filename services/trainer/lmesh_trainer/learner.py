@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from lmesh_kernels.layers.packed_batch import PackedBatch
-from lmesh_kernels.models.parameters import Parameters
+from lmesh_kernels.layers.packed_batch import PackedBatch, Segment, pack_batch
+from lmesh_kernels.models.parameters import Parameters, ranks
 from lmesh_kernels.models.training import TrainingPass
 from lmesh_kernels.ops.dropout import Dropout, dropout_keys
 
@@ -64,7 +64,7 @@ class Learner:
         gradients = self._parameters.gradients
         if sums.weight:
             gradients.mul_(1.0 / sums.weight)
-        norm = float(torch.linalg.vector_norm(gradients))
+        norm = self._parameters.norm()
         loss = sums.loss / sums.weight if sums.weight else 0.0
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite and sums.weight:
@@ -88,16 +88,28 @@ class Learner:
         self._parameters.clear()
 
     def _gather(self, batches: Sequence[PackedBatch], step: int) -> _Sums:
-        loss = correct = weight = tokens = trained = 0.0
-        for batch in batches:
+        loss = correct = weight = trained = 0.0
+        for batch in self._in_step(batches):
             sums = self._training.loss(batch, self._dropout_of(batch, step))
             sums.loss.backward()  # type: ignore[no-untyped-call]
             loss += float(sums.loss.detach())
             correct += float(sums.correct)
             weight += float(batch.weights.sum(dtype=torch.float64))
-            tokens += batch.num_tokens
             trained += float(batch.weights.count_nonzero())
+        tokens = float(sum(batch.num_tokens for batch in batches))
         return _Sums(loss=loss, correct=correct, weight=weight, tokens=tokens, trained_tokens=trained)
+
+    def _in_step(self, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """As many batches as the rank with the most has, where weights are gathered from all ranks for each: those
+        that a rank lacks have one token, which counts nothing.
+        """
+        if not self._training.lockstep:
+            return batches
+        device = self._parameters.gradients.device
+        most = torch.tensor(len(batches), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        idle = pack_batch([Segment(row=0, ids=(0,), weights=(0.0,))], device)
+        return [*batches, *[idle] * (int(most) - len(batches))]
 
     def _dropout_of(self, batch: PackedBatch, step: int) -> Dropout | None:
         if not self._dropout:
@@ -106,10 +118,10 @@ class Learner:
 
     def _reduced(self, sums: _Sums, *, gradients: bool = True) -> _Sums:
         """The sums over all ranks, and where asked those of the gradients."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks() == 1:
             return sums
         if gradients:
-            dist.all_reduce(self._parameters.gradients)
+            self._parameters.reduce()
         device = self._parameters.gradients.device
         columns = [sums.loss, sums.correct, sums.weight, sums.tokens, sums.trained_tokens]
         total = torch.tensor(columns, dtype=torch.float64, device=device)
@@ -125,7 +137,7 @@ class Learner:
 
     def _evaluated(self, batches: Sequence[PackedBatch]) -> _Sums:
         loss = correct = weight = trained = 0.0
-        for batch in batches:
+        for batch in self._in_step(batches):
             sums = self._training.loss(batch)
             loss += float(sums.loss)
             correct += float(sums.correct)

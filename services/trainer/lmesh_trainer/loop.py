@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from lmesh_kernels.layers.packed_batch import PackedBatch, Segment, pack_batch
 from lmesh_kernels.models.parameters import Parameters
 
 from lmesh_trainer import events
-from lmesh_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, prune, save_checkpoint
+from lmesh_trainer.checkpoint import Checkpoint, Progress, list_checkpoints, load_checkpoint, prune, save_checkpoint
 from lmesh_trainer.data.dataset import Dataset, microbatches
 from lmesh_trainer.data.rows import Row
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner, Update
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import Optimiser
+from lmesh_trainer.ranks import from_first
 from lmesh_trainer.schedule import Course, rate_factor
 from lmesh_trainer.spec import JobSpec
 
@@ -69,6 +70,15 @@ class Loop:
 
         Raises JobError CHECKPOINT_MISMATCH for one of another job, CORRUPT_CHECKPOINT when all there are are corrupt.
         """
+        found = from_first(self._newest)
+        if found is None:
+            return False
+        self._restore(found.parameters)
+        self._parts.optimiser.load(found.optimiser)
+        self._progress, self._saved_at = found.progress, found.progress.step
+        return True
+
+    def _newest(self) -> Checkpoint | None:
         failed: JobError | None = None
         for path in reversed(list_checkpoints(self._checkpoints)):
             try:
@@ -78,20 +88,17 @@ class Loop:
                 continue
             if found.progress.spec_digest != self._parts.spec_digest:
                 raise JobError("CHECKPOINT_MISMATCH", f"{path.name} is of a job with other settings or another model")
-            self._restore(found.parameters)
-            self._parts.optimiser.load(found.optimiser)
-            self._progress, self._saved_at = found.progress, found.progress.step
-            return True
+            return found
         if failed is not None:
             raise failed
-        return False
+        return None
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if tensors.keys() != {p.name for p in self._parts.parameters}:
             raise JobError("CHECKPOINT_MISMATCH", "the checkpoint's tensors are not those that this job trains")
         for parameter in self._parts.parameters:
-            parameter.master.copy_(tensors[parameter.name])
+            parameter.master.copy_(self._parts.parameters.part(parameter.name, tensors[parameter.name]))
         self._parts.parameters.publish()
 
     def rehearse(self) -> None:
@@ -209,11 +216,14 @@ class Loop:
         return bool(self._spec.early_stop_patience) and worse >= self._spec.early_stop_patience
 
     def _save(self) -> None:
-        if self._parts.rank != 0 or self._saved_at == self._progress.step:
+        if self._saved_at == self._progress.step:
             return
-        masters = {parameter.name: parameter.master for parameter in self._parts.parameters}
-        path = save_checkpoint(self._checkpoints, self._progress, masters, self._parts.optimiser.state())
+        # All ranks gather what each holds a part of, and the first writes it.
+        masters, state = self._parts.parameters.wholes(), self._parts.optimiser.state()
         self._saved_at = self._progress.step
+        if self._parts.rank != 0:
+            return
+        path = save_checkpoint(self._checkpoints, self._progress, masters, state)
         best = self._checkpoints / f"step-{self._progress.best_step:08d}"
         prune(self._checkpoints, self._spec.keep_checkpoints, spare=best if self._spec.early_stop_patience else None)
         self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path)))
@@ -221,5 +231,7 @@ class Loop:
     def take_best(self) -> None:
         """Goes back to the parameters with the best evaluation, where the job stops early and kept them."""
         best = self._checkpoints / f"step-{self._progress.best_step:08d}"
-        if self._spec.early_stop_patience and best.is_dir() and self._progress.best_step != self._progress.step:
-            self._restore(load_checkpoint(best).parameters)
+        if self._spec.early_stop_patience and self._progress.best_step != self._progress.step:
+            found = from_first(lambda: load_checkpoint(best) if best.is_dir() else None)
+            if found is not None:
+                self._restore(found.parameters)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.models.config import ModelConfig, Quantisation
+from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.footprint import parameter_bytes, unfolded_bytes
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.ops.head_loss import CHUNK_BYTES
@@ -47,11 +48,13 @@ def plan_training(
     micro_tokens: int = 0,
     recompute: Recompute | None = None,
     quantisation: Quantisation = "none",
+    shards: int = 1,
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
     `trained` numbers are trained; `frozen` says whether they come on top of the model; `longest` row in tokens, which
-    a microbatch must hold. Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
+    a microbatch must hold; the model is held in `shards` parts. Raises JobError OUT_OF_MEMORY with all lines when
+    nothing fits.
     """
     wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
     sizes = [wanted] if micro_tokens else sorted({wanted, max(longest, wanted // 2), longest}, reverse=True)
@@ -60,7 +63,7 @@ def plan_training(
         policies.append(Recompute.FULL)
     for policy in policies:
         for size in sizes:
-            lines = _lines(config, precision, trained, frozen, size, policy, quantisation)
+            lines = _lines(config, precision, trained, frozen, size, policy, quantisation, shards)
             plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
             if plan.total <= _SHARE * free:
                 return plan
@@ -82,13 +85,20 @@ def _lines(
     tokens: int,
     policy: Recompute,
     quantisation: Quantisation,
+    shards: int,
 ) -> dict[str, int]:
     size = precision.dtype.itemsize
+    if shards > 1 and not frozen:
+        trained = -(-trained // shards)
     values = trained * size if frozen else 0
     masters = trained * 4 if precision is Precision.BF16 else 0
     moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
+    sharded = {} if shards == 1 else {"gathered weights and gradients": _gathered_bytes(config, precision, frozen)}
+    # A sharded job that trains the weights keeps their masters alone, and rounds them as it gathers them.
+    kept = 0 if shards > 1 and masters and not frozen else 1
     return {
-        "weights": parameter_bytes(config, precision.dtype, quantisation),
+        "weights": kept * -(-parameter_bytes(config, precision.dtype, quantisation) // shards),
+        **sharded,
         "unfolded weights": unfolded_bytes(config, precision.dtype) if quantisation == "nf4" else 0,
         "trained values and masters": values + masters,
         "gradient sums": trained * 4,
@@ -97,6 +107,19 @@ def _lines(
         "a layer at work": tokens * _working_bytes(config, precision.dtype),
         "head and loss": 2 * CHUNK_BYTES + (0 if frozen else config.vocab_size * config.hidden_size * 4),
     }
+
+
+def _gathered_bytes(config: ModelConfig, precision: Precision, frozen: bool) -> int:
+    """Bytes of what a rank has whole in a pass: embedding and head, a layer at work and the next one on its way; and
+    where they are trained their gradients, and the sums of one layer on their way out.
+    """
+    shapes = Decoder(config, dtype=precision.dtype, device=torch.device("meta"))
+    layer = sum(slot.numel() for slot in shapes.layers[0].buffers())
+    outside = sum(
+        slot.numel() for name, slot in shapes.named_buffers() if not name.startswith(("layers.", "rotations"))
+    )
+    gradients = 0 if frozen else 4 * (outside + 2 * layer)
+    return precision.dtype.itemsize * (outside + 2 * layer) + gradients
 
 
 def kept_bytes(config: ModelConfig, dtype: torch.dtype, policy: Recompute) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -28,7 +28,7 @@ class Optimiser:
 
     def __init__(self, parameters: Parameters, settings: AdamW) -> None:
         """Raises JobError OPTIMISER_UNAVAILABLE for an 8-bit one without bitsandbytes or without a GPU."""
-        self._parameters = list(parameters)
+        self._all, self._parameters = parameters, list(parameters)
         groups = [
             {"params": [p.master for p in members], "weight_decay": decay}
             for members, decay in (
@@ -55,29 +55,37 @@ class Optimiser:
             parameter.master.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that it remembers, by name: "<parameter>/<what>"."""
+        """Everything that it remembers, by name: "<parameter>/<what>", whole on the first rank; every rank calls it."""
         return dict(self._named(self._parameters))
 
     def _named(self, parameters: Iterable[Parameter]) -> Iterable[tuple[str, torch.Tensor]]:
         for parameter in parameters:
             for what, tensor in self._adamw.state.get(parameter.master, {}).items():
-                yield f"{parameter.name}/{what}", torch.as_tensor(tensor)
+                found = torch.as_tensor(tensor)
+                if found.shape == parameter.master.shape:
+                    found = self._all.gathered(parameter.name, found)
+                yield f"{parameter.name}/{what}", found
 
     @torch.no_grad()
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes what `state` gave. Raises JobError CHECKPOINT_MISMATCH when it is of other parameters."""
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes what `state` gave; every rank calls it. Raises JobError CHECKPOINT_MISMATCH for other parameters'."""
         known = {parameter.name: parameter for parameter in self._parameters}
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in state.items():
+        found: dict[str, list[str]] = {}
+        for name in state:
             owner, _, what = name.rpartition("/")
-            found.setdefault(owner, {})[what] = tensor
+            found.setdefault(owner, []).append(what)
         if found and found.keys() != known.keys():
             strange = sorted(found.keys() ^ known.keys())[:3]
             raise JobError("CHECKPOINT_MISMATCH", f"the optimiser's state and the parameters differ: {strange}")
         for name, parts in found.items():
             master = known[name].master
-            device = {"step": torch.device("cpu")} if master.device.type == "cpu" else {}
-            self._adamw.state[master] = {w: t.to(device.get(w, master.device)).clone() for w, t in parts.items()}
+            self._adamw.state[master] = {w: self._own(known[name], w, state[f"{name}/{w}"]) for w in parts}
+
+    def _own(self, parameter: Parameter, what: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part, where the library keeps it."""
+        device = parameter.master.device
+        found = self._all.part(parameter.name, tensor) if tensor.dim() else tensor
+        return found.to("cpu" if what == "step" and device.type == "cpu" else device).clone()
 
 
 def _eight_bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

@@ -12,12 +12,27 @@ Told = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """A trainer's place among those that run a job together."""
+
+    node: int
+    nodes: int
+    rendezvous: str  # host:port of node 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartOrder:
     """A job to run."""
 
     job_id: str
     lease: int
     told: Told
+    gang: Gang | None = None  # None: it is this trainer's alone
+
+    @property
+    def leads(self) -> bool:
+        """Whether this trainer speaks for the run."""
+        return self.gang is None or self.gang.node == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A job's process: `python -P -m lmesh_trainer.process --folder JOB --socket PATH`.
 
-Its settings are `spec.json` in the folder. Under torchrun every rank is one of these, and rank 0 speaks for all.
+Its settings are `spec.json` in the folder. Under torchrun every rank is one of these, and rank 0 speaks for all. On
+other hosts the first local rank says how it ended, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import select
 import socket
 import sys
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from lmesh_trainer import events
 from lmesh_trainer.folder_lock import JobBusyError, own_folder
 from lmesh_trainer.job import run_job
 from lmesh_trainer.messages import Wish, frame
+from lmesh_trainer.ranks import is_lost
 from lmesh_trainer.spec import read_spec
 
 log = logging.getLogger("lmesh_trainer.process")
@@ -74,11 +77,20 @@ def _silent(event: events.Event) -> None:
     """What ranks other than the first say."""
 
 
-def _agreed(line: Line | None) -> Wish | None:
+def _voice(line: Line) -> Callable[[events.Event], None]:
+    """What this rank may say: all of it, only its end, or nothing."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        return line.report
+    if os.environ.get("LOCAL_RANK") != "0":
+        return _silent
+    return lambda event: line.report(event) if isinstance(event, events.Ended) else None
+
+
+def _agreed(line: Line) -> Wish | None:
     """What rank 0 was asked, on every rank: all must leave at the same step."""
-    wish = line.asked() if line is not None else None
     if not dist.is_initialized():
-        return wish
+        return line.asked()
+    wish = line.asked() if dist.get_rank() == 0 else None
     told = torch.tensor([0 if wish is None else 1 + list(Wish).index(wish)])
     dist.broadcast(told, 0)
     return None if not int(told) else list(Wish)[int(told) - 1]
@@ -91,13 +103,15 @@ def main() -> int:
     parser.add_argument("--socket", required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    line = Line(args.socket) if first else None
+    line = Line(args.socket)  # every rank's: none outlives its server
+    report: Callable[[events.Event], None] = line.report
+    ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1
     keep_freed_memory()
     try:
-        report = line.report if line is not None else _silent
+        if ranked:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        report = _voice(line)
+        first = not dist.is_initialized() or dist.get_rank() == 0
         with own_folder(args.folder) if first else nullcontext():
             run_job(read_spec((args.folder / "spec.json").read_bytes()), args.folder, report, lambda: _agreed(line))
     except JobBusyError as error:
@@ -108,9 +122,11 @@ def main() -> int:
         return 1
     except Exception as error:  # the process's edge: the server is told, whatever it was
         log.exception("the job failed")
-        if line is not None:
-            message = f"{type(error).__name__}: {error}"
-            line.report(events.Ended(outcome=events.Outcome.FAILED, reason="JOB_FAILED", message=message))
+        reason = "JOB_DIED" if ranked and is_lost(error) else "JOB_FAILED"
+        with suppress(ServerGoneError):
+            report(
+                events.Ended(outcome=events.Outcome.FAILED, reason=reason, message=f"{type(error).__name__}: {error}")
+            )
         return 1
     finally:
         if dist.is_initialized():

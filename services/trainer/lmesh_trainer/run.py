@@ -35,6 +35,7 @@ class Run:
         self._process: JobProcess | None = None
         self._wishes: list[Wish] = []
         self._leaving = False
+        self._left = asyncio.Event()
 
     def ask(self, wish: Wish) -> None:
         """Asks the job to stop or to be cancelled, as a client wants it."""
@@ -43,20 +44,20 @@ class Run:
             self._process.ask(wish)
 
     def leave(self) -> None:
-        """Asks the job to save a checkpoint and stop, because this trainer leaves."""
+        """Asks the job to save a checkpoint and stop, because this trainer leaves; where it does not lead, the run
+        ends here at once, and goes on from its last checkpoint.
+        """
         self._leaving = True
+        self._left.set()
         if self._process is not None:
             self._process.ask(Wish.STOP)
 
     async def run(self) -> None:
         """Runs the job to its end, and says how that was."""
-        try:
-            ended = await self._work()
-        except (JobError, ArtifactError) as error:
-            ended = Ended(outcome=Outcome.FAILED, reason=error.reason, message=error.message)
-        except Exception as error:  # noqa: BLE001 - this run's edge: the scheduler is told, whatever it was
-            _log.exception("the run failed", extra={"job": self.job_id})
-            ended = Ended(outcome=Outcome.FAILED, reason="JOB_FAILED", message=f"{type(error).__name__}: {error}")
+        if not self._order.leads:
+            await self._follow()
+            return
+        ended = await self._end()
         extra = {"job": self.job_id, "lease": self.lease, "outcome": ended.outcome.value, "reason": ended.reason}
         if ended.outcome is Outcome.STOPPED and self._leaving and not self._wishes:
             _log.info("the run is left to another trainer", extra=extra)
@@ -64,14 +65,39 @@ class Run:
         _log.info("the run ended", extra=extra)
         self._tell(ended)
 
+    async def _follow(self) -> None:
+        """Says a failure; anything else is node 0's to say, and this is held until the scheduler drops it."""
+        end, left = asyncio.create_task(self._end()), asyncio.create_task(self._left.wait())
+        try:
+            await asyncio.wait({end, left}, return_when=asyncio.FIRST_COMPLETED)
+            if end.done() and end.result().outcome is Outcome.FAILED:
+                self._tell(end.result())
+            else:
+                await left
+        finally:
+            end.cancel()
+            left.cancel()
+            await asyncio.gather(end, left, return_exceptions=True)
+
+    async def _end(self) -> Ended:
+        try:
+            return await self._work()
+        except (JobError, ArtifactError) as error:
+            return Ended(outcome=Outcome.FAILED, reason=error.reason, message=error.message)
+        except Exception as error:  # noqa: BLE001 - this run's edge: the scheduler is told, whatever it was
+            _log.exception("the run failed", extra={"job": self.job_id})
+            return Ended(outcome=Outcome.FAILED, reason="JOB_FAILED", message=f"{type(error).__name__}: {error}")
+
     async def _work(self) -> Ended:
         if Wish.CANCEL in self._wishes:
             return Ended(outcome=Outcome.CANCELLED)
         if self._wishes or self._leaving:  # asked before there was a process: its checkpoints are as they were
             return Ended(outcome=Outcome.STOPPED)
         folder = self._bench.folder(self.job_id)
+        if self._order.gang is not None and not self._order.leads:
+            folder = folder / "nodes" / str(self._order.gang.node)  # where trainers share the jobs' folder
         spec = await asyncio.to_thread(self._bench.prepare, self._order.told, folder)
-        self._process = JobProcess(folder, world=self._bench.world)
+        self._process = JobProcess(folder, world=self._bench.world, gang=self._order.gang)
         for wish in [*self._wishes, *([Wish.STOP] if self._leaving else [])]:
             self._process.ask(wish)
         async with aclosing(self._process.events(spec)) as heard:

@@ -32,6 +32,7 @@ class Identity:
     epoch: str  # this boot's id
     device: str  # in words
     slots: int
+    rendezvous: str = ""  # host:port, where other trainers reach it
 
 
 class SchedulerLink:
@@ -105,6 +106,7 @@ class SchedulerLink:
             epoch=own.epoch,
             device=own.device,
             slots=own.slots,
+            rendezvous=own.rendezvous,
             held=[
                 trainers_pb2.HeldRun(job_id=job_id, lease=lease) for job_id, lease in sorted(self._runs.held().items())
             ],

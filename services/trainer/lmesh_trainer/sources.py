@@ -50,7 +50,9 @@ class Bench:
         spec = make_spec(told)
         dataset = msgspec.structs.replace(spec.dataset, source=self._dataset(spec.dataset.source, folder))
         lora = msgspec.structs.replace(spec.lora, start=self._start(spec.lora.start, folder))
-        return msgspec.structs.replace(spec, dataset=dataset, lora=lora, device=self.device, threads=self.threads)
+        world = self.world * spec.nodes
+        here = {"device": self.device, "threads": self.threads, "world": world}
+        return msgspec.structs.replace(spec, dataset=dataset, lora=lora, **here)
 
     def _dataset(self, source: str, folder: Path) -> str:
         if source.startswith(_HUB) and self.hub:

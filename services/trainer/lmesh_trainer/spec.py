@@ -94,6 +94,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     load_in_4bit: bool = False  # the frozen base in NF4 with double quantisation (QLoRA); always, where it is stored so
     precision: Literal["auto", "float32", "bf16", "bf16-pure"] = "auto"
     recompute: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    parallelism: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each has the model whole, or its part of it
+    nodes: int = 1  # trainers that run it together
+    world: int = 1  # ranks on all of them, as the trainer says
     device: str = "auto"
     threads: int = 0
     seed: int = 0
@@ -106,9 +109,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_steps", "micro_tokens", "threads", "seed", "eval_steps", "save_steps")
         _at_least(self, 0, "early_stop_patience")
-        _at_least(self, 1, "batch_size", "keep_checkpoints")
+        _at_least(self, 1, "batch_size", "keep_checkpoints", "nodes", "world")
         if self.load_in_4bit and self.method == "full":
             raise ValueError("load_in_4bit needs method lora: quantised weights are not trained")
+        if self.load_in_4bit and self.parallelism == "fsdp":
+            raise ValueError("load_in_4bit needs parallelism ddp: quantised weights stay whole on every rank")
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, not {self.epochs}")
         if self.early_stop_patience and not self.dataset.eval_rows:

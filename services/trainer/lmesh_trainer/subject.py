@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lmesh_kernels.layers.recompute import Recompute
@@ -14,7 +15,8 @@ from lmesh_kernels.lora.peft_config import AdapterFilesError, PeftConfig
 from lmesh_kernels.lora.peft_files import read_adapter, write_adapter
 from lmesh_kernels.lora.sites import Site, sites
 from lmesh_kernels.lora.trainable import TrainableAdapter
-from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.home import Home
 from lmesh_kernels.models.parameters import Parameters, Precision
 from lmesh_kernels.models.training import TrainingPass
 from lmesh_kernels.models.weights import bindings
@@ -23,17 +25,20 @@ from lmesh_kernels.text.resolve import ModelFiles
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmesh_trainer.base import base_parameters
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.spec import JobSpec, LoraSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Subject:
-    """The trained thing. `publish` writes it to a new folder and returns its content digest."""
+    """The trained thing. `publish` writes it to a new folder and returns its content digest; it is given what
+    `parameters.wholes()` gave the first rank.
+    """
 
     parameters: Parameters
     training: TrainingPass
-    publish: Callable[[Path], str]
+    publish: Callable[[Path, Mapping[str, Tensor]], str]
 
 
 def peft_config(spec: LoraSpec) -> PeftConfig:
@@ -52,68 +57,74 @@ def peft_config(spec: LoraSpec) -> PeftConfig:
 
 
 def make_subject(
-    spec: JobSpec, decoder: Decoder, files: ModelFiles, *, precision: Precision, recompute: Recompute
+    spec: JobSpec, home: Home, files: ModelFiles, *, precision: Precision, recompute: Recompute
 ) -> Subject:
-    """Raises JobError BAD_ADAPTER or NOT_SUPPORTED."""
+    """Every rank calls it. Raises JobError BAD_ADAPTER or NOT_SUPPORTED."""
     if spec.method == "full":
-        return _full(spec, decoder, files, precision, recompute)
-    return _lora(spec, decoder, precision, recompute)
+        return _full(home, files, precision, recompute)
+    return _lora(spec, home, precision, recompute)
 
 
-def start_adapter(spec: JobSpec, decoder: Decoder) -> Adapter:
-    """The adapter that training begins with. Raises JobError BAD_ADAPTER."""
+def start_adapter(spec: JobSpec, model: ModelConfig, home: Home | None = None) -> Adapter:
+    """The adapter that training begins with; `home` has the weights that a new one needs, of DoRA. Every rank calls
+    it. Raises JobError BAD_ADAPTER.
+    """
     try:
         if spec.lora.start:
-            return read_adapter(Path(spec.lora.start), decoder.config)
-        config = peft_config(spec.lora)
-        return initial_adapter(config, decoder.config, seed=spec.seed, weight=lambda site: _rows(decoder, site))
+            return read_adapter(Path(spec.lora.start), model)
+        rows = None if home is None else partial(_rows, home)
+        return initial_adapter(peft_config(spec.lora), model, seed=spec.seed, weight=rows)
     except AdapterFilesError as error:
         raise JobError("BAD_ADAPTER", f"{error.reason}: {error}") from error
 
 
-def _rows(decoder: Decoder, site: Site) -> Tensor:
-    shape = sites(decoder.config)[site]
-    return decoder.product(shape.slot).matrix()[shape.start : shape.start + shape.outputs]
+def _rows(home: Home, site: Site) -> Tensor:
+    shape = sites(home.decoder.config)[site]
+    return home.matrix(shape.slot)[shape.start : shape.start + shape.outputs]
 
 
-def _lora(spec: JobSpec, decoder: Decoder, precision: Precision, recompute: Recompute) -> Subject:
-    adapter = TrainableAdapter(
-        start_adapter(spec, decoder), decoder.config, precision=precision, device=decoder.arena.device
-    )
+def _lora(spec: JobSpec, home: Home, precision: Precision, recompute: Recompute) -> Subject:
+    # Adapters are small: every rank holds them whole, and their gradients are summed once an update.
+    config = home.decoder.config
+    adapter = TrainableAdapter(start_adapter(spec, config, home), config, precision=precision, device=home.device)
 
-    def publish(folder: Path) -> str:
+    def publish(folder: Path, wholes: Mapping[str, Tensor]) -> str:
         found = adapter.adapter()
         write_adapter(folder, found, base=spec.model)
         return content_digest(found)
 
-    training = TrainingPass(decoder, adapters=adapter.products, recompute=recompute)
+    training = TrainingPass(home, adapters=adapter.products, recompute=recompute)
     return Subject(parameters=adapter.parameters, training=training, publish=publish)
 
 
-def _full(spec: JobSpec, decoder: Decoder, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
+def _full(home: Home, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
     if files.format == "gguf":
         hint = "full fine-tuning of a GGUF file cannot be published yet: take a model in safetensors, or method lora"
         raise JobError("NOT_SUPPORTED", hint)
-    slots = {name: slot for name, slot in decoder.named_buffers() if name != "rotations"}
-    parameters = Parameters(slots, precision)
-    trained = {parameter.name: parameter.trained for parameter in parameters}
-    training = TrainingPass(decoder, trained=trained, recompute=recompute)
-    return Subject(
-        parameters=parameters,
-        training=training,
-        publish=lambda folder: _write_model(folder, decoder, parameters, files),
-    )
+    config = home.decoder.config
+    home, parameters = base_parameters(home, precision)
+    training = TrainingPass(home, recompute=recompute)
+
+    def publish(folder: Path, wholes: Mapping[str, Tensor]) -> str:
+        return _write_model(folder, config, wholes, files, precision)
+
+    return Subject(parameters=parameters, training=training, publish=publish)
 
 
-def _write_model(folder: Path, decoder: Decoder, parameters: Parameters, files: ModelFiles) -> str:
+def _write_model(
+    folder: Path, config: ModelConfig, wholes: Mapping[str, Tensor], files: ModelFiles, precision: Precision
+) -> str:
     """A model folder as the base's, with the trained weights in the dtype of the pass."""
     draft = folder.with_name(f".{folder.name}-draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     tensors = {
-        name: parameters[place.slot].trained.value[place.start : place.start + place.rows].detach().cpu().contiguous()
-        for name, place in bindings(decoder.config).items()
-        if not place.duplicate and place.slot in parameters
+        name: wholes[place.slot][place.start : place.start + place.rows]
+        .detach()
+        .to("cpu", precision.dtype)
+        .contiguous()
+        for name, place in bindings(config).items()
+        if not place.duplicate and place.slot in wholes
     }
     save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
     for path in files.path.iterdir():

@@ -77,7 +77,13 @@ class Trainer:
 
     def _identity(self) -> Identity:
         settings = self._settings
-        return Identity(trainer_id=settings.trainer_id, epoch=self.epoch, device=self._device, slots=settings.slots)
+        return Identity(
+            trainer_id=settings.trainer_id,
+            epoch=self.epoch,
+            device=self._device,
+            slots=settings.slots,
+            rendezvous=settings.rendezvous,
+        )
 
     async def _serve(self, link: SchedulerLink, port: int, shutdown: Shutdown) -> None:
         linked = asyncio.create_task(link.run())

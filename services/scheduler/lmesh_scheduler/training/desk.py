@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from lmesh_scheduler.training.gangs import choose, may_be_met, places, port_of
 from lmesh_scheduler.training.jobs import Job, JobState, JobTable, Wish
 from lmesh_scheduler.training.trainers import Ack, Ask, Order, RunAsk, Trainer, TrainerHello, Trainers
 
@@ -109,8 +110,14 @@ class TrainingDesk:
             if job is None or job.state is not JobState.RUNNING or job.lease != lease:
                 trainer.tell(RunAsk(job_id, lease, Ask.DROP))
                 continue
-            self._awaited.pop(job_id, None)
+            if job.members and hello.trainer_id not in job.members:
+                trainer.tell(RunAsk(job_id, lease, Ask.DROP))
+                continue
             trainer.runs[job_id] = lease
+            if len(self._holders(job)) >= len(job.members):
+                self._awaited.pop(job_id, None)
+            if job.members and hello.trainer_id != job.trainer_id:
+                continue
             job.trainer_id = hello.trainer_id
             if job.lease_seq:
                 trainer.tell(Ack(job_id, lease, job.lease_seq))
@@ -126,7 +133,7 @@ class TrainingDesk:
     @staticmethod
     def _missed(job: Job, trainer: Trainer) -> bool:
         """Whether a job is taken to run there, and does not."""
-        there = job.state is JobState.RUNNING and job.trainer_id == trainer.hello.trainer_id
+        there = job.state is JobState.RUNNING and job.runs_on(trainer.hello.trainer_id)
         return there and job.id not in trainer.runs and not job.publishing
 
     def heard(self, trainer: Trainer, *, draining: bool) -> bool:
@@ -149,6 +156,9 @@ class TrainingDesk:
         if job is None or job.lease != report.lease or trainer.runs.get(report.job_id) != report.lease:
             trainer.tell(RunAsk(report.job_id, report.lease, Ask.DROP))
             return
+        if job.members and trainer.hello.trainer_id != job.trainer_id:
+            self._follower_failed(job, report)
+            return
         if report.seq <= job.lease_seq or job.publishing:
             return
         if report.made is not None:
@@ -161,6 +171,30 @@ class TrainingDesk:
         else:
             self._ended(trainer, job, report.ended, report.seq)
 
+    def _follower_failed(self, job: Job, report: Report) -> None:
+        """A member other than node 0 says nothing but that: the attempt has ended for all."""
+        if report.ended is not None and report.ended.state is JobState.FAILED and not job.publishing:
+            self._dissolve(job)
+            self._failed(job, report.ended)
+            self._assign()
+
+    def _holders(self, job: Job) -> list[Trainer]:
+        """Trainers that have joined and hold its run."""
+        found = (self.trainers.find(trainer_id) for trainer_id in (job.members or (job.trainer_id,)))
+        return [trainer for trainer in found if trainer is not None and trainer.runs.get(job.id) == job.lease]
+
+    def _dissolve(self, job: Job) -> None:
+        """Whoever still holds its run is to drop it."""
+        for trainer in self._holders(job):
+            del trainer.runs[job.id]
+            trainer.tell(RunAsk(job.id, job.lease, Ask.DROP))
+
+    def _failed(self, job: Job, ended: Ended) -> None:
+        if ended.reason in RETRIED and job.wish is Wish.NONE:
+            self._retry(job, ended.reason, ended.message)
+        else:
+            self._move(job, ended.state, ended.reason, ended.message)
+
     def _ended(self, trainer: Trainer, job: Job, ended: Ended, seq: int) -> None:
         if ended.state is JobState.COMPLETED and job.publish_as and job.adapter_digest:
             # Its last report is not acknowledged before it is served: after a crash of this scheduler it comes again.
@@ -169,10 +203,8 @@ class TrainingDesk:
             return
         job.lease_seq = seq
         trainer.runs.pop(job.id, None)
-        if ended.reason in RETRIED and job.wish is Wish.NONE:
-            self._retry(job, ended.reason, ended.message)
-        else:
-            self._move(job, ended.state, ended.reason, ended.message)
+        self._dissolve(job)
+        self._failed(job, ended)
         self._assign()
 
     def published(self, job: Job, event: bytes) -> None:
@@ -188,9 +220,9 @@ class TrainingDesk:
         job.publishing = False
         job.lease_seq += 1  # at least the last report's: nothing follows it
         trainer = self.trainers.find(job.trainer_id)
-        if trainer is not None:
-            trainer.runs.pop(job.id, None)
+        if trainer is not None and trainer not in self._holders(job):
             trainer.tell(RunAsk(job.id, job.lease, Ask.DROP))  # whatever its number was, it need not be said again
+        self._dissolve(job)
         self._move(job, state, reason, message)
         self._assign()
 
@@ -223,6 +255,7 @@ class TrainingDesk:
                 self._retry(job, TRAINER_LOST, f"nothing was heard of trainer {trainer.hello.trainer_id}")
 
     def _retry(self, job: Job, reason: str, message: str) -> None:
+        self._dissolve(job)
         if job.wish is not Wish.NONE:  # what was asked for has come about, if not in the way that was meant
             self._move(job, JobState.STOPPED if job.wish is Wish.STOP else JobState.CANCELLED)
         elif job.attempts >= self._max_attempts:
@@ -231,19 +264,29 @@ class TrainingDesk:
             self._move(job, JobState.QUEUED, reason, message)
 
     def _assign(self) -> None:
+        """Oldest first. One that needs more trainers than are free keeps later ones waiting, if enough have joined."""
         free = [trainer for trainer in self.trainers.all() if trainer.free]
         for job in [job for job in self.jobs.all() if job.state is JobState.QUEUED]:
             if not free:
                 return
-            trainer = free.pop(0)
-            self._lease += 1
-            job.lease, job.lease_seq, job.trainer_id = self._lease, 0, trainer.hello.trainer_id
-            job.attempts += 1
+            members = choose(job, free)
+            if members:
+                self._start(job, members)
+                free = [t for t in free if t not in members] + [t for t in members if t.free]
+            elif may_be_met(job.nodes, self.trainers.all()):
+                return
+
+    def _start(self, job: Job, members: list[Trainer]) -> None:
+        gangs = places(members, self.jobs.all())
+        self._lease += 1
+        job.lease, job.lease_seq, job.trainer_id = self._lease, 0, members[0].hello.trainer_id
+        job.members = tuple(trainer.hello.trainer_id for trainer in members) if job.nodes > 1 else ()
+        job.port = port_of(gangs[0])
+        job.attempts += 1
+        self._move(job, JobState.RUNNING)
+        for trainer, gang in zip(members, gangs, strict=True):
             trainer.runs[job.id] = job.lease
-            self._move(job, JobState.RUNNING)
-            trainer.tell(Order(job.id, job.lease, self._order_spec(job)))
-            if trainer.free:
-                free.append(trainer)
+            trainer.tell(Order(job.id, job.lease, self._order_spec(job), gang))
 
     def _move(self, job: Job, to: JobState, reason: str = "", message: str = "") -> None:
         self.jobs.move(job, to, reason=reason, message=message)

@@ -71,12 +71,15 @@ class Job:
     start: str = ""  # artifact of the adapter that it goes on from
     spec: bytes
     publish_as: str = ""
+    nodes: int = 1  # trainers that run it together
     created: float = 0.0
     state: JobState = JobState.QUEUED
     reason: str = ""
     message: str = ""
     changed: float = 0.0
-    trainer_id: str = ""
+    trainer_id: str = ""  # the one that reports
+    members: tuple[str, ...] = ()  # of a run of several trainers, node 0 first; empty for one alone
+    port: int = 0  # of node 0, where they meet
     lease: int = 0
     lease_seq: int = 0  # the last report that was taken under the lease
     attempts: int = 0
@@ -100,6 +103,10 @@ class Job:
             del self.unwritten[:count]
             for tell in list(self.watchers):
                 tell()
+
+    def runs_on(self, trainer_id: str) -> bool:
+        """Whether a trainer is to hold its run."""
+        return trainer_id in self.members or trainer_id == self.trainer_id
 
     @property
     def live(self) -> bool:

@@ -77,10 +77,21 @@ class Office:
             raise AdapterNotFoundError(f"there is no adapter {start!r} of {model}", field="spec.lora.start")
         return Place(self._source(model), f"artifact:{(found or same[0]).artifact}")
 
-    def create(self, job_id: str, tenant: str, model: str, spec: bytes, place: Place, publish_as: str) -> Job:
+    def create(
+        self, job_id: str, tenant: str, model: str, spec: bytes, place: Place, publish_as: str, *, nodes: int = 1
+    ) -> Job:
         """A new job."""
         source, start = place
-        job = Job(id=job_id, tenant=tenant, model=model, source=source, start=start, spec=spec, publish_as=publish_as)
+        job = Job(
+            id=job_id,
+            tenant=tenant,
+            model=model,
+            source=source,
+            start=start,
+            spec=spec,
+            publish_as=publish_as,
+            nodes=nodes,
+        )
         self.desk.create(job)
         return job
 

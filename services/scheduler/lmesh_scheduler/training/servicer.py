@@ -31,6 +31,7 @@ from lmesh_scheduler.training.wire import adapter_message, event_message, job_me
 SERVICE_NAME = "lmesh.training.v1.TrainingService"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BATCH = 256  # events of one message
+MOST_NODES = 1024  # trainers of one job
 
 RpcContext = Any  # grpc's own type leaves its messages open
 
@@ -62,7 +63,10 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         known = self._office.desk.jobs.find(job_id)
         if known is None:
             place = self._office.place(tenant, request.spec.model, request.spec.lora.start)
-            known = self._office.create(job_id, tenant, request.spec.model, spec, place, request.publish_as)
+            nodes = request.spec.nodes or 1
+            known = self._office.create(
+                job_id, tenant, request.spec.model, spec, place, request.publish_as, nodes=nodes
+            )
         elif (known.tenant, known.spec, known.publish_as) != (tenant, spec, request.publish_as):
             raise JobExistsError(f"job id {job_id} is another job's; choose another", field="job_id")
         return pb.CreateJobResponse(job=job_message(known))
@@ -250,6 +254,8 @@ def _check_spec(spec: pb.JobSpec) -> None:
             "spec.model: a path is the operator's to serve; name a served model, hub:<owner>/<name> or packaged:<name>",
             field="spec.model",
         )
+    if spec.HasField("nodes") and not 1 <= spec.nodes <= MOST_NODES:
+        raise InvalidArgumentError(f"spec.nodes must lie in 1..{MOST_NODES}", field="spec.nodes")
     if not spec.dataset.source:
         raise InvalidArgumentError(
             "spec.dataset.source: artifact:<digest>/<file> of an upload, or hub:<owner>/<name>",

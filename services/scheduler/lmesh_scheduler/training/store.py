@@ -35,6 +35,7 @@ return 1
 """
 )
 _NUMBERS = ("lease", "lease_seq", "attempts", "last_event")
+_NEW_NUMBERS = {"nodes": 1, "port": 0}  # and what they are in records of before there were any
 _TIMES = ("created", "changed")
 _TEXTS = ("tenant", "model", "source", "start", "publish_as", "reason", "message", "trainer_id")
 _MADE = ("artifact", "adapter_digest", "manifest")
@@ -91,6 +92,7 @@ class JobStore:
 def _fields(job: Job) -> dict[str, str | int | bytes]:
     fields: dict[str, str | int | bytes] = {name: getattr(job, name) for name in (*_NUMBERS, *_TEXTS, *_MADE, *_BYTES)}
     fields |= {name: repr(getattr(job, name)) for name in _TIMES}
+    fields |= {name: getattr(job, name) for name in _NEW_NUMBERS} | {"members": "\n".join(job.members)}
     return {**fields, "state": job.state.value, "wish": job.wish.value}
 
 
@@ -112,5 +114,7 @@ def _job(job_id: str, fields: dict[bytes, bytes]) -> Job:
     told |= {name: int(fields[name.encode()]) for name in _NUMBERS}
     told |= {name: float(fields[name.encode()]) for name in _TIMES}
     told |= {name: fields[name.encode()] for name in _BYTES}
+    told |= {name: int(fields.get(name.encode(), default)) for name, default in _NEW_NUMBERS.items()}
+    told["members"] = tuple(fields.get(b"members", b"").decode().split())
     told["durable_event"] = told["last_event"]
     return Job(id=job_id, state=JobState(fields[b"state"].decode()), wish=Wish(fields[b"wish"].decode()), **told)

@@ -18,12 +18,21 @@ class Ask(StrEnum):
     DROP = "DROP"
 
 
+class Gang(NamedTuple):
+    """A trainer's place in a run of several."""
+
+    node: int
+    nodes: int
+    rendezvous: str  # host:port of node 0
+
+
 class Order(NamedTuple):
     """A job to run. `spec` is a serialised JobSpec whose model is a source."""
 
     job_id: str
     lease: int
     spec: bytes
+    gang: Gang | None = None
 
 
 class RunAsk(NamedTuple):
@@ -61,6 +70,7 @@ class TrainerHello:
     device: str
     slots: int
     held: tuple[tuple[str, int], ...] = ()  # (job id, lease) of what it runs already
+    rendezvous: str = ""  # host:port where other trainers reach it; empty: it runs no job of several
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -96,6 +96,7 @@ def hello_of(hello: trainers_pb2.TrainerHello) -> TrainerHello:
         device=hello.device,
         slots=hello.slots,
         held=tuple((run.job_id, run.lease) for run in hello.held),
+        rendezvous=hello.rendezvous,
     )
 
 
@@ -123,7 +124,9 @@ def join_response(told: list[Told]) -> trainers_pb2.JoinResponse:
     response = trainers_pb2.JoinResponse()
     for one in told:
         if isinstance(one, Order):
-            response.starts.add(job_id=one.job_id, lease=one.lease, spec=pb.JobSpec.FromString(one.spec))
+            start = response.starts.add(job_id=one.job_id, lease=one.lease, spec=pb.JobSpec.FromString(one.spec))
+            if one.gang is not None:
+                start.gang.CopyFrom(trainers_pb2.Gang(**one.gang._asdict()))
         elif isinstance(one, RunAsk):
             wish = trainers_pb2.Wish.Value(f"WISH_{one.ask.value}")
             response.asks.add(job_id=one.job_id, lease=one.lease, wish=wish)

@@ -25,41 +25,43 @@ _sym_db = _symbol_database.Default()
 from lmesh.training.v1 import training_pb2 as lmesh_dot_training_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lmesh/scheduler/v1/trainers.proto\x12\x12lmesh.scheduler.v1\x1a lmesh/training/v1/training.proto\"\xad\x01\n\x0bJoinRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32 .lmesh.scheduler.v1.TrainerHello\x12.\n\x07reports\x18\x02 \x03(\x0b\x32\x1d.lmesh.scheduler.v1.RunReport\x12+\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Answer\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"{\n\x0cTrainerHello\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05slots\x18\x04 \x01(\r\x12)\n\x04held\x18\x05 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.HeldRun\"(\n\x07HeldRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\"c\n\tRunReport\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12*\n\x05\x65vent\x18\x04 \x01(\x0b\x32\x1b.lmesh.training.v1.JobEvent\"\xef\x01\n\x0cJoinResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32\".lmesh.scheduler.v1.TrainerWelcome\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.StartRun\x12(\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.AskRun\x12(\n\x04\x61\x63ks\x18\x04 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.RunAck\x12*\n\x07queries\x18\x05 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Query\"Z\n\x0eTrainerWelcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"S\n\x08StartRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12(\n\x04spec\x18\x03 \x01(\x0b\x32\x1a.lmesh.training.v1.JobSpec\"O\n\x06\x41skRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12&\n\x04wish\x18\x03 \x01(\x0e\x32\x18.lmesh.scheduler.v1.Wish\"4\n\x06RunAck\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\"\xa4\x01\n\x05Query\x12\x10\n\x08query_id\x18\x01 \x01(\x04\x12.\n\x08validate\x18\x02 \x01(\x0b\x32\x1a.lmesh.training.v1.JobSpecH\x00\x12\x31\n\x06\x65xport\x18\x03 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.ExportOrderH\x00\x12\x1a\n\x10inspect_artifact\x18\x04 \x01(\tH\x00\x42\n\n\x08question\"\x83\x01\n\x0b\x45xportOrder\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cquantisation\x18\x02 \x01(\t\x12\x18\n\x10\x61\x64\x61pter_artifact\x18\x03 \x01(\t\x12\x16\n\x0emodel_artifact\x18\x04 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\"\xf6\x01\n\x06\x41nswer\x12\x10\n\x08query_id\x18\x01 \x01(\x04\x12;\n\tvalidated\x18\x02 \x01(\x0b\x32&.lmesh.training.v1.ValidateJobResponseH\x00\x12\x35\n\x08\x65xported\x18\x03 \x01(\x0b\x32!.lmesh.training.v1.ExportResponseH\x00\x12,\n\tinspected\x18\x04 \x01(\x0b\x32\x17.lmesh.training.v1.MadeH\x00\x12.\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x1b.lmesh.scheduler.v1.FailureH\x00\x42\x08\n\x06\x61nswer\"*\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*K\n\x04Wish\x12\x14\n\x10WISH_UNSPECIFIED\x10\x00\x12\r\n\tWISH_STOP\x10\x01\x12\x0f\n\x0bWISH_CANCEL\x10\x02\x12\r\n\tWISH_DROP\x10\x03\x32_\n\x0eTrainerService\x12M\n\x04Join\x12\x1f.lmesh.scheduler.v1.JoinRequest\x1a .lmesh.scheduler.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lmesh/scheduler/v1/trainers.proto\x12\x12lmesh.scheduler.v1\x1a lmesh/training/v1/training.proto\"\xad\x01\n\x0bJoinRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32 .lmesh.scheduler.v1.TrainerHello\x12.\n\x07reports\x18\x02 \x03(\x0b\x32\x1d.lmesh.scheduler.v1.RunReport\x12+\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.Answer\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\x8f\x01\n\x0cTrainerHello\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05slots\x18\x04 \x01(\r\x12)\n\x04held\x18\x05 \x03(\x0b\x32\x1b.lmesh.scheduler.v1.HeldRun\x12\x12\n\nrendezvous\x18\x06 \x01(\t\"(\n\x07HeldRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\"c\n\tRunReport\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12*\n\x05\x65vent\x18\x04 \x01(\x0b\x32\x1b.lmesh.training.v1.JobEvent\"\xef\x01\n\x0cJoinResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32\".lmesh.scheduler.v1.TrainerWelcome\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.lmesh.scheduler.v1.StartRun\x12(\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.AskRun\x12(\n\x04\x61\x63ks\x18\x04 \x03(\x0b\x32\x1a.lmesh.scheduler.v1.RunAck\x12*\n\x07queries\x18\x05 \x03(\x0b\x32\x19.lmesh.scheduler.v1.Query\"Z\n\x0eTrainerWelcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"{\n\x08StartRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12(\n\x04spec\x18\x03 \x01(\x0b\x32\x1a.lmesh.training.v1.JobSpec\x12&\n\x04gang\x18\x04 \x01(\x0b\x32\x18.lmesh.scheduler.v1.Gang\"7\n\x04Gang\x12\x0c\n\x04node\x18\x01 \x01(\r\x12\r\n\x05nodes\x18\x02 \x01(\r\x12\x12\n\nrendezvous\x18\x03 \x01(\t\"O\n\x06\x41skRun\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12&\n\x04wish\x18\x03 \x01(\x0e\x32\x18.lmesh.scheduler.v1.Wish\"4\n\x06RunAck\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\"\xa4\x01\n\x05Query\x12\x10\n\x08query_id\x18\x01 \x01(\x04\x12.\n\x08validate\x18\x02 \x01(\x0b\x32\x1a.lmesh.training.v1.JobSpecH\x00\x12\x31\n\x06\x65xport\x18\x03 \x01(\x0b\x32\x1f.lmesh.scheduler.v1.ExportOrderH\x00\x12\x1a\n\x10inspect_artifact\x18\x04 \x01(\tH\x00\x42\n\n\x08question\"\x83\x01\n\x0b\x45xportOrder\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cquantisation\x18\x02 \x01(\t\x12\x18\n\x10\x61\x64\x61pter_artifact\x18\x03 \x01(\t\x12\x16\n\x0emodel_artifact\x18\x04 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\"\xf6\x01\n\x06\x41nswer\x12\x10\n\x08query_id\x18\x01 \x01(\x04\x12;\n\tvalidated\x18\x02 \x01(\x0b\x32&.lmesh.training.v1.ValidateJobResponseH\x00\x12\x35\n\x08\x65xported\x18\x03 \x01(\x0b\x32!.lmesh.training.v1.ExportResponseH\x00\x12,\n\tinspected\x18\x04 \x01(\x0b\x32\x17.lmesh.training.v1.MadeH\x00\x12.\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x1b.lmesh.scheduler.v1.FailureH\x00\x42\x08\n\x06\x61nswer\"*\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*K\n\x04Wish\x12\x14\n\x10WISH_UNSPECIFIED\x10\x00\x12\r\n\tWISH_STOP\x10\x01\x12\x0f\n\x0bWISH_CANCEL\x10\x02\x12\r\n\tWISH_DROP\x10\x03\x32_\n\x0eTrainerService\x12M\n\x04Join\x12\x1f.lmesh.scheduler.v1.JoinRequest\x1a .lmesh.scheduler.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lmesh.scheduler.v1.trainers_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WISH']._serialized_start=1683
-  _globals['_WISH']._serialized_end=1758
+  _globals['_WISH']._serialized_start=1801
+  _globals['_WISH']._serialized_end=1876
   _globals['_JOINREQUEST']._serialized_start=92
   _globals['_JOINREQUEST']._serialized_end=265
-  _globals['_TRAINERHELLO']._serialized_start=267
-  _globals['_TRAINERHELLO']._serialized_end=390
-  _globals['_HELDRUN']._serialized_start=392
-  _globals['_HELDRUN']._serialized_end=432
-  _globals['_RUNREPORT']._serialized_start=434
-  _globals['_RUNREPORT']._serialized_end=533
-  _globals['_JOINRESPONSE']._serialized_start=536
-  _globals['_JOINRESPONSE']._serialized_end=775
-  _globals['_TRAINERWELCOME']._serialized_start=777
-  _globals['_TRAINERWELCOME']._serialized_end=867
-  _globals['_STARTRUN']._serialized_start=869
-  _globals['_STARTRUN']._serialized_end=952
-  _globals['_ASKRUN']._serialized_start=954
-  _globals['_ASKRUN']._serialized_end=1033
-  _globals['_RUNACK']._serialized_start=1035
-  _globals['_RUNACK']._serialized_end=1087
-  _globals['_QUERY']._serialized_start=1090
-  _globals['_QUERY']._serialized_end=1254
-  _globals['_EXPORTORDER']._serialized_start=1257
-  _globals['_EXPORTORDER']._serialized_end=1388
-  _globals['_ANSWER']._serialized_start=1391
-  _globals['_ANSWER']._serialized_end=1637
-  _globals['_FAILURE']._serialized_start=1639
-  _globals['_FAILURE']._serialized_end=1681
-  _globals['_TRAINERSERVICE']._serialized_start=1760
-  _globals['_TRAINERSERVICE']._serialized_end=1855
+  _globals['_TRAINERHELLO']._serialized_start=268
+  _globals['_TRAINERHELLO']._serialized_end=411
+  _globals['_HELDRUN']._serialized_start=413
+  _globals['_HELDRUN']._serialized_end=453
+  _globals['_RUNREPORT']._serialized_start=455
+  _globals['_RUNREPORT']._serialized_end=554
+  _globals['_JOINRESPONSE']._serialized_start=557
+  _globals['_JOINRESPONSE']._serialized_end=796
+  _globals['_TRAINERWELCOME']._serialized_start=798
+  _globals['_TRAINERWELCOME']._serialized_end=888
+  _globals['_STARTRUN']._serialized_start=890
+  _globals['_STARTRUN']._serialized_end=1013
+  _globals['_GANG']._serialized_start=1015
+  _globals['_GANG']._serialized_end=1070
+  _globals['_ASKRUN']._serialized_start=1072
+  _globals['_ASKRUN']._serialized_end=1151
+  _globals['_RUNACK']._serialized_start=1153
+  _globals['_RUNACK']._serialized_end=1205
+  _globals['_QUERY']._serialized_start=1208
+  _globals['_QUERY']._serialized_end=1372
+  _globals['_EXPORTORDER']._serialized_start=1375
+  _globals['_EXPORTORDER']._serialized_end=1506
+  _globals['_ANSWER']._serialized_start=1509
+  _globals['_ANSWER']._serialized_end=1755
+  _globals['_FAILURE']._serialized_start=1757
+  _globals['_FAILURE']._serialized_end=1799
+  _globals['_TRAINERSERVICE']._serialized_start=1878
+  _globals['_TRAINERSERVICE']._serialized_end=1973
 # @@protoc_insertion_point(module_scope)

@@ -99,6 +99,7 @@ class TrainerHello(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
     trainer_id: _builtins.str
     """Stable name."""
     epoch: _builtins.str
@@ -107,6 +108,10 @@ class TrainerHello(_message.Message):
     """Device in words."""
     slots: _builtins.int
     """Jobs that it may run at once."""
+    rendezvous: _builtins.str
+    """host:port at which other trainers reach a run's first rank here; a second one has the next port. Empty: this
+    trainer takes no job of several.
+    """
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldRun]:
         """What it runs already."""
@@ -119,10 +124,11 @@ class TrainerHello(_message.Message):
         device: _builtins.str = ...,
         slots: _builtins.int = ...,
         held: _abc.Iterable[Global___HeldRun] | None = ...,
+        rendezvous: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "held", b"held", "slots", b"slots", "trainer_id", b"trainer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "held", b"held", "rendezvous", b"rendezvous", "slots", b"slots", "trainer_id", b"trainer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,6 +283,7 @@ class StartRun(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    GANG_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     lease: _builtins.int
@@ -285,20 +292,57 @@ class StartRun(_message.Message):
     def spec(self) -> _training_pb2.JobSpec:
         """What to do."""
 
+    @_builtins.property
+    def gang(self) -> Global___Gang:
+        """Set for a job that several trainers run together, under one lease. Only node 0 reports what happens; the others
+        report nothing but a failure, and hold the run until they are told to drop it.
+        """
+
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         lease: _builtins.int = ...,
         spec: _training_pb2.JobSpec | None = ...,
+        gang: Global___Gang | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gang", b"gang", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease", b"lease", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gang", b"gang", "job_id", b"job_id", "lease", b"lease", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRun: _TypeAlias = StartRun  # noqa: Y015
+
+@_typing.final
+class Gang(_message.Message):
+    """A trainer's place among those that run a job together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    node: _builtins.int
+    """Its number, from 0; ranks are numbered node by node, so rank 0 is on node 0."""
+    nodes: _builtins.int
+    """How many there are."""
+    rendezvous: _builtins.str
+    """host:port where the ranks meet; it is node 0's."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.int = ...,
+        nodes: _builtins.int = ...,
+        rendezvous: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "nodes", b"nodes", "rendezvous", b"rendezvous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gang: _TypeAlias = Gang  # noqa: Y015
 
 @_typing.final
 class AskRun(_message.Message):

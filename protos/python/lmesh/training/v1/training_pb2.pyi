@@ -390,6 +390,8 @@ class JobSpec(_message.Message):
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     EARLY_STOP_PATIENCE_FIELD_NUMBER: _builtins.int
     REPORT_TO_FIELD_NUMBER: _builtins.int
+    PARALLELISM_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A served model's id, or a source that the trainer resolves."""
     method: _builtins.str
@@ -418,6 +420,10 @@ class JobSpec(_message.Message):
     """Checkpoints kept. Default 2."""
     early_stop_patience: _builtins.int
     """Evaluations without a better loss; 0 (default): never stop early."""
+    parallelism: _builtins.str
+    """Of a job's processes: ddp (default), where each holds the whole model, or fsdp, where each holds its part."""
+    nodes: _builtins.int
+    """Trainers that run it together, all or none. Default 1."""
     @_builtins.property
     def dataset(self) -> Global___DatasetSpec:
         """What to train on."""
@@ -455,10 +461,12 @@ class JobSpec(_message.Message):
         keep_checkpoints: _builtins.int | None = ...,
         early_stop_patience: _builtins.int | None = ...,
         report_to: _abc.Iterable[_builtins.str] | None = ...,
+        parallelism: _builtins.str | None = ...,
+        nodes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "optimiser", b"optimiser", "precision", b"precision", "recompute", b"recompute", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_nodes", b"_nodes", "_parallelism", b"_parallelism", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "nodes", b"nodes", "optimiser", b"optimiser", "parallelism", b"parallelism", "precision", b"precision", "recompute", b"recompute", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "optimiser", b"optimiser", "precision", b"precision", "recompute", b"recompute", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_nodes", b"_nodes", "_parallelism", b"_parallelism", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "nodes", b"nodes", "optimiser", b"optimiser", "parallelism", b"parallelism", "precision", b"precision", "recompute", b"recompute", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -478,6 +486,10 @@ class JobSpec(_message.Message):
     _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
     _WhichOneofReturnType__micro_tokens: _TypeAlias = _typing.Literal["micro_tokens"]  # noqa: Y015
     _WhichOneofArgType__micro_tokens: _TypeAlias = _typing.Literal["_micro_tokens", b"_micro_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__nodes: _TypeAlias = _typing.Literal["nodes"]  # noqa: Y015
+    _WhichOneofArgType__nodes: _TypeAlias = _typing.Literal["_nodes", b"_nodes"]  # noqa: Y015
+    _WhichOneofReturnType__parallelism: _TypeAlias = _typing.Literal["parallelism"]  # noqa: Y015
+    _WhichOneofArgType__parallelism: _TypeAlias = _typing.Literal["_parallelism", b"_parallelism"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     _WhichOneofReturnType__recompute: _TypeAlias = _typing.Literal["recompute"]  # noqa: Y015
@@ -504,6 +516,10 @@ class JobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_tokens) -> _WhichOneofReturnType__micro_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nodes) -> _WhichOneofReturnType__nodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parallelism) -> _WhichOneofReturnType__parallelism | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
