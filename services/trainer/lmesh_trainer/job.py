@@ -25,12 +25,13 @@ from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
 
 from lmesh_trainer import events
-from lmesh_trainer.data.dataset import Dataset, load_dataset
 from lmesh_trainer.data.errors import DatasetError
+from lmesh_trainer.data.feed import Feed
+from lmesh_trainer.data.opening import open_feed
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
-from lmesh_trainer.manifest import data_digest, make_manifest, start_digest
+from lmesh_trainer.manifest import make_manifest, start_digest
 from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
@@ -74,8 +75,8 @@ def check_job(spec: JobSpec, report: Report) -> None:
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
     config = load_config(files)
-    dataset = _dataset(spec, files, config, report)
-    _plan(spec, config, dataset, platform, report)
+    feed = _feed(spec, files, config, report)
+    _plan(spec, config, feed, platform, report)
 
 
 def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish | None]) -> events.Outcome:
@@ -83,13 +84,13 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
     config = load_config(files)
-    dataset = _dataset(spec, files, config, report)
-    plan = _plan(spec, config, dataset, platform, report)
+    feed = _feed(spec, files, config, report)
+    plan = _plan(spec, config, feed, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
     decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=_quantisation(spec, config))
     subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
-    loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
+    loop = _loop(spec, folder, files, feed, subject, plan, platform, report, asked)
     resumed = loop.resume()
     if not resumed:
         report(events.PhaseBegun(phase=events.Phase.REHEARSING))
@@ -100,7 +101,7 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
         report(events.PhaseBegun(phase=events.Phase.FINALIZING))
         loop.take_best()
         if not _ranked() or dist.get_rank() == 0:
-            _publish(spec, folder, files, dataset, subject, loop, report)
+            _publish(spec, folder, files, feed, subject, loop, report)
     return outcome
 
 
@@ -108,25 +109,12 @@ def _ranked() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _dataset(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Dataset:
+def _feed(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Feed:
     report(events.PhaseBegun(phase=events.Phase.LOADING_DATASET))
     tokenizer = load_tokenizer(files)
-    dataset = load_dataset(spec.dataset, tokenizer, context=config.max_position_embeddings, seed=spec.seed)
-    counts = dataset.counts
-    report(
-        events.DatasetReady(
-            rows=len(dataset.rows),
-            eval_rows=len(dataset.eval_rows),
-            tokens=counts.tokens,
-            trained_tokens=counts.trained_tokens,
-            longest=counts.longest,
-            dropped=counts.dropped,
-            truncated=counts.truncated,
-            skipped_turns=counts.skipped_turns,
-            preview=dataset.preview(tokenizer),
-        )
-    )
-    return dataset
+    feed = open_feed(spec, tokenizer, context=config.max_position_embeddings)
+    report(feed.report(tokenizer))
+    return feed
 
 
 def _precision(spec: JobSpec, platform: Platform) -> Precision:
@@ -142,7 +130,7 @@ def _quantisation(spec: JobSpec, config: ModelConfig) -> Quantisation:
     return "nf4" if spec.load_in_4bit else config.quantisation
 
 
-def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platform, report: Report) -> TrainingPlan:
+def _plan(spec: JobSpec, config: ModelConfig, feed: Feed, platform: Platform, report: Report) -> TrainingPlan:
     precision = _precision(spec, platform)
     trained = _trained_count(spec, config)
     plan = plan_training(
@@ -150,21 +138,20 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         precision=precision,
         trained=trained,
         frozen=spec.method == "lora",
-        longest=dataset.counts.longest,
+        longest=feed.longest,
         free=platform.memory_free(),
         device_type=platform.device.type,
         micro_tokens=spec.micro_tokens,
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
         quantisation=_quantisation(spec, config),
     )
-    steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
     report(
         events.PlanMade(
             lines=plan.lines,
             free_bytes=plan.free,
             micro_tokens=plan.micro_tokens,
             recompute=plan.recompute.value,
-            steps=steps,
+            steps=feed.total_steps,
             trained_parameters=trained,
         )
     )
@@ -192,7 +179,7 @@ def _loop(
     spec: JobSpec,
     folder: Path,
     files: ModelFiles,
-    dataset: Dataset,
+    feed: Feed,
     subject: Subject,
     plan: TrainingPlan,
     platform: Platform,
@@ -219,8 +206,8 @@ def _loop(
     return Loop(
         Parts(
             spec=spec,
-            spec_digest=_spec_digest(spec, files, dataset),
-            dataset=dataset,
+            spec_digest=_spec_digest(spec, files, feed),
+            feed=feed,
             learner=learner,
             parameters=subject.parameters,
             optimiser=optimiser,
@@ -236,7 +223,7 @@ def _loop(
     )
 
 
-def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
+def _spec_digest(spec: JobSpec, files: ModelFiles, feed: Feed) -> str:
     """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
     # Another trainer may hold the same files elsewhere: what they hold counts, not where they lie.
     places = {
@@ -249,19 +236,19 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
     )
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
-    digest.update(data_digest(dataset).encode())
+    digest.update(feed.identity().encode())
     return digest.hexdigest()
 
 
 def _publish(
-    spec: JobSpec, folder: Path, files: ModelFiles, dataset: Dataset, subject: Subject, loop: Loop, report: Report
+    spec: JobSpec, folder: Path, files: ModelFiles, feed: Feed, subject: Subject, loop: Loop, report: Report
 ) -> None:
     target = folder / ("adapter" if spec.method == "lora" else "model")
     if target.exists():  # of an attempt that died after this point
         shutil.rmtree(target)
     try:
         digest = subject.publish(target)
-        write_manifest(target, make_manifest(spec, files, dataset, loop.progress, digest=digest))
+        write_manifest(target, make_manifest(spec, files, feed, loop.progress, digest=digest))
     except OSError as error:
         raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
     report(events.Published(folder=str(target), digest=digest))
