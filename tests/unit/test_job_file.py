@@ -63,6 +63,13 @@ class TestReading:
         assert (made.model, made.lora.r, made.optimiser.learning_rate, made.epochs) == ("other", 4, 1e-3, 2.0)
         assert (made.optimiser.warmup_steps, job.publish_as) == (3, "theirs")
 
+    def test_a_stream(self, tmp_path: Path, rows: Path) -> None:
+        told = "{source: rows.jsonl, streaming: true, shuffle_buffer_size: 64}"
+        made = job_spec(read(tmp_path, f"model: m\nmax_steps: 5\ndataset: {told}\n").values).dataset
+        assert made.streaming and made.shuffle_buffer_size == 64
+        with pytest.raises(JobFileError, match=r"did you mean dataset.shuffle_buffer_size\?"):
+            job_spec(read(tmp_path, "model: m\ndataset: {source: rows.jsonl, shuffle_buffer: 64}\n").values)
+
     def test_flags_alone(self, rows: Path) -> None:
         job = read_job(None, {"model": "small", "dataset.source": str(rows), "lora.r": 2})
         assert (job_spec(job.values).lora.r, job.dataset) == (2, rows)

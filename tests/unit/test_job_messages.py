@@ -36,6 +36,8 @@ EVERY: dict[str, Any] = {
         "length_policy": "drop",
         "ignore_columns": ["a", "b"],
         "eval_rows": 3,
+        "streaming": True,
+        "shuffle_buffer_size": 64,
     },
     "method": "lora",
     "lora": {

@@ -34,6 +34,9 @@ def test_json_is_yaml() -> None:
         (LEAST + "batch_size: 0\n", "batch_size must be at least 1"),
         (LEAST + "early_stop_patience: 2\n", "needs dataset.eval_rows"),
         (LEAST + "epochs: -1\n", "epochs must be positive"),
+        ("model: m\ndataset: {source: d.jsonl, streaming: true}\n", "dataset.streaming needs max_steps"),
+        ("model: m\ndataset: {source: d.jsonl, shuffle_buffer_size: 9}\n", "shuffle_buffer_size needs streaming"),
+        ("model: m\ndataset: {source: d, streaming: true, shuffle_buffer_size: -1}\n", "must be at least 0"),
         ("a: [", "line 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from lmesh_cli.training.progress import Course, LiveDisplay, PlainDisplay, display
 from lmesh_cli.training.records import (
@@ -147,6 +148,17 @@ class TestReport:
         rows = {" ".join(line.split()) for line in screen.lines}
         assert {"rows 240", "trained tokens 4,000 (25%)", "longest row 71", "dropped 2", "truncated 1"} <= rows
         assert {"optimiser state 1.0 MiB", "in all 3.0 GiB of 8.0 GiB free", "updates 100"} <= rows
+
+    def test_a_stream_is_said_to_be_one(self) -> None:
+        screen = Screen()
+        stream = replace(REPORT, streaming=True, eval_rows=4)
+        show_report(stream, PLAN, screen.console)
+        shown = PlainDisplay(screen.console)
+        shown.show(stream)
+        shown.close()
+        rows = {" ".join(line.split()) for line in screen.lines}
+        assert {"stream, its first rows", "rows tried 240", "rows held out 4"} <= rows
+        assert screen.lines[-1] == "stream, its first 240 rows, 4 held out, 16,000 tokens, 4,000 trained"
 
     def test_terminal_has_colours(self) -> None:
         screen = Screen(terminal=True)

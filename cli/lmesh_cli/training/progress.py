@@ -168,7 +168,8 @@ def told(event: Event) -> str:
             return event.phase.replace("_", " ")
         case DatasetReport():
             held = f", {event.eval_rows:,} held out" if event.eval_rows else ""
-            return f"dataset: {event.rows:,} rows{held}, {event.tokens:,} tokens, {event.trained_tokens:,} trained"
+            what = "stream, its first" if event.streaming else "dataset:"
+            return f"{what} {event.rows:,} rows{held}, {event.tokens:,} tokens, {event.trained_tokens:,} trained"
         case MemoryPlan():
             needed = size(sum(event.lines.values()))
             return f"plan: {event.steps:,} updates of {event.trained_parameters:,} parameters in {needed}"

@@ -67,6 +67,7 @@ class DatasetReport:
     truncated: int
     skipped_turns: int
     preview: tuple[tuple[ShownToken, ...], ...] = ()
+    streaming: bool = False  # a stream: of its first rows alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

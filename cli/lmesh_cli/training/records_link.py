@@ -88,6 +88,7 @@ def dataset(message: training_pb2.DatasetReport) -> records.DatasetReport:
             tuple(records.ShownToken(text=token.text, trained=token.trained) for token in row.tokens)
             for row in message.preview
         ),
+        streaming=message.streaming,
     )
 
 

@@ -28,11 +28,11 @@ def show_report(dataset: DatasetReport, plan: MemoryPlan, console: Console) -> N
 
 def dataset_table(dataset: DatasetReport) -> Table:
     """Counts of rows and tokens."""
-    table = Table("dataset", "", box=SIMPLE)
+    table = Table("stream, its first rows" if dataset.streaming else "dataset", "", box=SIMPLE)
     table.columns[1].justify = "right"
     share = dataset.trained_tokens / dataset.tokens if dataset.tokens else 0.0
     lines = {
-        "rows": f"{dataset.rows:,}",
+        "rows tried" if dataset.streaming else "rows": f"{dataset.rows:,}",
         "rows held out": f"{dataset.eval_rows:,}",
         "tokens": f"{dataset.tokens:,}",
         "trained tokens": f"{dataset.trained_tokens:,} ({share:.0%})",

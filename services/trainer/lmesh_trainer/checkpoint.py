@@ -1,7 +1,7 @@
 """Checkpoints: whole or not there, verified when read, the oldest removed.
 
-A folder `step-00000120` holds the trained tensors, the optimiser's state, where the job was, and a manifest with the
-digest of each file. It is written under another name, synced and renamed.
+A folder `step-00000120` holds the trained tensors, the optimiser's state, where the job was, where a streamed dataset
+was, and a manifest with the digest of each file. It is written under another name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from lmesh_trainer.errors import JobError
 
 _NAME = re.compile(r"step-(\d{8})")
 _FILES = ("parameters.safetensors", "optimiser.safetensors", "progress.json")
+_CURSOR = "cursor.msgpack"  # of a feed that needs more than the step
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a job was. Data order and randomness are functions of the seed and the step, so this is all of it."""
+    """Where a job was. Randomness is a function of the seed and the step, and so is the order of data that is held
+    whole; a stream's cursor lies beside this.
+    """
 
     step: int  # updates tried, skipped ones too
     spec_digest: str  # of what must not change between two parts of a job
@@ -48,10 +51,15 @@ class Checkpoint:
     progress: Progress
     parameters: Mapping[str, Tensor]
     optimiser: Mapping[str, Tensor]
+    cursor: bytes  # of the feed
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, parameters: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+    folder: Path,
+    progress: Progress,
+    parameters: Mapping[str, Tensor],
+    optimiser: Mapping[str, Tensor],
+    cursor: bytes = b"",
 ) -> Path:
     """Writes a new checkpoint below `folder` and returns its own. Raises JobError DISK_FULL or CHECKPOINT_FAILED."""
     target = folder / f"step-{progress.step:08d}"
@@ -59,6 +67,8 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
         try:
+            if cursor:
+                (draft / _CURSOR).write_bytes(cursor)
             _write(draft, progress, parameters, optimiser)
             if target.exists():  # the same step of an attempt before this one
                 shutil.rmtree(target)
@@ -78,7 +88,7 @@ def _write(draft: Path, progress: Progress, parameters: Mapping[str, Tensor], op
     save_file({n: t.detach().cpu().contiguous() for n, t in parameters.items()}, draft / _FILES[0])
     save_file({n: t.detach().cpu().contiguous() for n, t in optimiser.items()}, draft / _FILES[1])
     (draft / _FILES[2]).write_bytes(msgspec.json.encode(progress))
-    manifest = {name: _digest(draft / name) for name in _FILES}
+    manifest = {path.name: _digest(path) for path in sorted(draft.iterdir())}
     (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in draft.iterdir():
         _sync(path)
@@ -108,13 +118,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads and verifies one. Raises JobError CORRUPT_CHECKPOINT naming the file."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in _FILES:
+        for name in {*_FILES, *manifest}:
             if _digest(path / name) != manifest[name]:
                 raise JobError("CORRUPT_CHECKPOINT", f"{path.name}/{name} is not what was written")
         return Checkpoint(
             progress=msgspec.json.decode((path / _FILES[2]).read_bytes(), type=Progress),
             parameters=load_file(path / _FILES[0]),
             optimiser=load_file(path / _FILES[1]),
+            cursor=(path / _CURSOR).read_bytes() if _CURSOR in manifest else b"",
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, JobError):

@@ -52,6 +52,7 @@ class DatasetReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     truncated: int
     skipped_turns: int
     preview: list[list[TokenShown]]
+    streaming: bool = False  # counts are of the first rows alone, read to try the stream
 
 
 class PlanMade(msgspec.Struct, frozen=True, kw_only=True, tag=True):

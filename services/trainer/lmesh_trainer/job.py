@@ -25,12 +25,13 @@ from lmesh_kernels.text.tokenizer import load_tokenizer
 
 from lmesh_trainer import events
 from lmesh_trainer.base import check_sharding, load_base, quantisation_of, shards_of
-from lmesh_trainer.data.dataset import Dataset, load_dataset
 from lmesh_trainer.data.errors import DatasetError
+from lmesh_trainer.data.feed import Feed
+from lmesh_trainer.data.opening import open_feed
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
-from lmesh_trainer.manifest import data_digest, make_manifest, start_digest
+from lmesh_trainer.manifest import make_manifest, start_digest
 from lmesh_trainer.manifest_file import write_manifest
 from lmesh_trainer.memory_plan import TrainingPlan, plan_training
 from lmesh_trainer.messages import Wish
@@ -75,8 +76,8 @@ def check_job(spec: JobSpec, report: Report) -> None:
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
     config = load_config(files)
-    dataset = _dataset(spec, files, config, report)
-    _plan(spec, config, dataset, platform, report)
+    feed = _feed(spec, files, config, report)
+    _plan(spec, config, feed, platform, report)
 
 
 def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish | None]) -> events.Outcome:
@@ -84,13 +85,13 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
     config = load_config(files)
-    dataset = _dataset(spec, files, config, report)
-    plan = _plan(spec, config, dataset, platform, report)
+    feed = _feed(spec, files, config, report)
+    plan = _plan(spec, config, feed, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
     home = load_base(spec, files, config, platform=platform, precision=precision)
     subject = make_subject(spec, home, files, precision=precision, recompute=plan.recompute)
-    loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
+    loop = _loop(spec, folder, files, feed, subject, plan, platform, report, asked)
     resumed = loop.resume()
     if not resumed:
         report(events.PhaseBegun(phase=events.Phase.REHEARSING))
@@ -102,7 +103,7 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
         loop.take_best()
         wholes = subject.parameters.wholes()
         if not _ranked() or dist.get_rank() == 0:
-            _publish(spec, folder, files, dataset, subject, wholes, loop, report)
+            _publish(spec, folder, files, feed, subject, wholes, loop, report)
     return outcome
 
 
@@ -110,25 +111,12 @@ def _ranked() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _dataset(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Dataset:
+def _feed(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Feed:
     report(events.PhaseBegun(phase=events.Phase.LOADING_DATASET))
     tokenizer = load_tokenizer(files)
-    dataset = load_dataset(spec.dataset, tokenizer, context=config.max_position_embeddings, seed=spec.seed)
-    counts = dataset.counts
-    report(
-        events.DatasetReady(
-            rows=len(dataset.rows),
-            eval_rows=len(dataset.eval_rows),
-            tokens=counts.tokens,
-            trained_tokens=counts.trained_tokens,
-            longest=counts.longest,
-            dropped=counts.dropped,
-            truncated=counts.truncated,
-            skipped_turns=counts.skipped_turns,
-            preview=dataset.preview(tokenizer),
-        )
-    )
-    return dataset
+    feed = open_feed(spec, tokenizer, context=config.max_position_embeddings)
+    report(feed.report(tokenizer))
+    return feed
 
 
 def _precision(spec: JobSpec, platform: Platform) -> Precision:
@@ -137,7 +125,7 @@ def _precision(spec: JobSpec, platform: Platform) -> Precision:
     return Precision.FLOAT32 if platform.default_dtype() == torch.float32 else Precision.BF16
 
 
-def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platform, report: Report) -> TrainingPlan:
+def _plan(spec: JobSpec, config: ModelConfig, feed: Feed, platform: Platform, report: Report) -> TrainingPlan:
     precision = _precision(spec, platform)
     check_sharding(spec, precision)
     trained = _trained_count(spec, config)
@@ -146,7 +134,7 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         precision=precision,
         trained=trained,
         frozen=spec.method == "lora",
-        longest=dataset.counts.longest,
+        longest=feed.longest,
         free=least(platform.memory_free()),  # all ranks make the same plan
         device_type=platform.device.type,
         micro_tokens=spec.micro_tokens,
@@ -154,14 +142,13 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         quantisation=quantisation_of(spec, config),
         shards=shards_of(spec),
     )
-    steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
     report(
         events.PlanMade(
             lines=plan.lines,
             free_bytes=plan.free,
             micro_tokens=plan.micro_tokens,
             recompute=plan.recompute.value,
-            steps=steps,
+            steps=feed.total_steps,
             trained_parameters=trained,
         )
     )
@@ -189,7 +176,7 @@ def _loop(
     spec: JobSpec,
     folder: Path,
     files: ModelFiles,
-    dataset: Dataset,
+    feed: Feed,
     subject: Subject,
     plan: TrainingPlan,
     platform: Platform,
@@ -216,8 +203,8 @@ def _loop(
     return Loop(
         Parts(
             spec=spec,
-            spec_digest=_spec_digest(spec, files, dataset),
-            dataset=dataset,
+            spec_digest=_spec_digest(spec, files, feed),
+            feed=feed,
             learner=learner,
             parameters=subject.parameters,
             optimiser=optimiser,
@@ -233,7 +220,7 @@ def _loop(
     )
 
 
-def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
+def _spec_digest(spec: JobSpec, files: ModelFiles, feed: Feed) -> str:
     """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
     # Another trainer may hold the same files elsewhere: what they hold counts, not where they lie.
     places = {
@@ -247,7 +234,7 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
     )
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
-    digest.update(data_digest(dataset).encode())
+    digest.update(feed.identity().encode())
     return digest.hexdigest()
 
 
@@ -255,7 +242,7 @@ def _publish(
     spec: JobSpec,
     folder: Path,
     files: ModelFiles,
-    dataset: Dataset,
+    feed: Feed,
     subject: Subject,
     wholes: Mapping[str, torch.Tensor],
     loop: Loop,
@@ -266,7 +253,7 @@ def _publish(
         shutil.rmtree(target)
     try:
         digest = subject.publish(target, wholes)
-        write_manifest(target, make_manifest(spec, files, dataset, loop.progress, digest=digest))
+        write_manifest(target, make_manifest(spec, files, feed, loop.progress, digest=digest))
     except OSError as error:
         raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
     report(events.Published(folder=str(target), digest=digest))

@@ -15,7 +15,8 @@ from lmesh_kernels.models.parameters import Parameters
 
 from lmesh_trainer import events
 from lmesh_trainer.checkpoint import Checkpoint, Progress, list_checkpoints, load_checkpoint, prune, save_checkpoint
-from lmesh_trainer.data.dataset import Dataset, microbatches
+from lmesh_trainer.data.dataset import microbatches
+from lmesh_trainer.data.feed import Feed
 from lmesh_trainer.data.rows import Row
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.learner import Learner, Update
@@ -34,7 +35,7 @@ class Parts:
 
     spec: JobSpec
     spec_digest: str
-    dataset: Dataset
+    feed: Feed
     learner: Learner
     parameters: Parameters
     optimiser: Optimiser
@@ -53,8 +54,7 @@ class Loop:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._spec = parts, parts.spec
-        self._per_epoch = parts.dataset.steps_per_epoch(parts.spec.batch_size)
-        self.total_steps = parts.spec.max_steps or max(1, round(parts.spec.epochs * self._per_epoch))
+        self.total_steps = parts.feed.total_steps
         self._progress = Progress(step=0, spec_digest=parts.spec_digest)
         self._checkpoints = parts.folder / "checkpoints"
         self._saved_at = -1
@@ -75,6 +75,7 @@ class Loop:
             return False
         self._restore(found.parameters)
         self._parts.optimiser.load(found.optimiser)
+        self._parts.feed.go_to(found.progress.step, found.cursor)
         self._progress, self._saved_at = found.progress, found.progress.step
         return True
 
@@ -103,8 +104,7 @@ class Loop:
 
     def rehearse(self) -> None:
         """Runs the heaviest microbatch of the longest rows once, without effect: memory fails now or not at all."""
-        longest = sorted(self._parts.dataset.rows, key=lambda row: (-len(row.ids), row.number))[: self._spec.batch_size]
-        packs = microbatches(longest, self._parts.micro_tokens)
+        packs = microbatches(self._parts.feed.worst_rows(self._parts.micro_tokens), self._parts.micro_tokens)
         heaviest = max(packs, key=lambda pack: sum(len(segment.ids) for segment in pack))
         try:
             self._parts.learner.rehearse([self._batch(heaviest)])
@@ -126,7 +126,7 @@ class Loop:
             if in_a_row == MOST_SKIPPED:
                 hint = f"loss or gradients of {in_a_row} updates in a row were not finite; lower the learning rate"
                 raise JobError("NON_FINITE_LOSS", hint)
-            enough = self._evaluate() if self._due(self._spec.eval_steps) and self._parts.dataset.eval_rows else False
+            enough = self._evaluate() if self._due(self._spec.eval_steps) and self._parts.feed.eval_rows else False
             if enough or (self._due(self._spec.save_steps) and not in_a_row):
                 self._save()
             if enough:
@@ -137,11 +137,12 @@ class Loop:
 
     def _due(self, every: int) -> bool:
         step = self._progress.step
-        return step % (every or self._per_epoch) == 0 or step == self.total_steps
+        due = step % every == 0 if every else self._parts.feed.ends_epoch(step)
+        return due or step == self.total_steps
 
     def _step(self) -> bool:
         begin, step = time.perf_counter(), self._progress.step
-        rows = self._parts.dataset.step_rows(step, seed=self._spec.seed, batch_size=self._spec.batch_size)
+        rows = self._parts.feed.step_rows(step)
         rate = self._rate(step)
         update = self._parts.learner.update(self._batches(rows), step=step, rate=rate)
         seconds = time.perf_counter() - begin
@@ -177,7 +178,7 @@ class Loop:
         self._parts.report(
             events.StepDone(
                 global_step=self._progress.step,
-                epoch=round(self._progress.step / self._per_epoch, 4),
+                epoch=round(self._parts.feed.epochs(self._progress.step), 4),
                 loss=update.loss,
                 grad_norm=update.grad_norm,
                 learning_rate=rate,
@@ -199,7 +200,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluates the held-out rows; whether that is enough of training."""
-        loss, accuracy = self._parts.learner.evaluate(self._batches(list(self._parts.dataset.eval_rows)))
+        loss, accuracy = self._parts.learner.evaluate(self._batches(list(self._parts.feed.eval_rows)))
         step, before = self._progress.step, self._progress.best_eval_loss
         better = before is None or loss < before
         worse = 0 if better else self._progress.worse_evaluations + 1
@@ -223,7 +224,7 @@ class Loop:
         self._saved_at = self._progress.step
         if self._parts.rank != 0:
             return
-        path = save_checkpoint(self._checkpoints, self._progress, masters, state)
+        path = save_checkpoint(self._checkpoints, self._progress, masters, state, self._parts.feed.cursor())
         best = self._checkpoints / f"step-{self._progress.best_step:08d}"
         prune(self._checkpoints, self._spec.keep_checkpoints, spare=best if self._spec.early_stop_patience else None)
         self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,20 +12,12 @@ from lmesh_kernels.text.generation import load_generation_defaults
 from lmesh_kernels.text.resolve import ModelFiles
 
 from lmesh_trainer.checkpoint import Progress
-from lmesh_trainer.data.dataset import Dataset
+from lmesh_trainer.data.feed import Feed
 from lmesh_trainer.manifest_file import Manifest
 from lmesh_trainer.spec import JobSpec
 
 _FORMAT = "lmesh-manifest-v1"
 _GENERATION_FILE = "generation_config.json"
-
-
-def data_digest(dataset: Dataset) -> str:
-    """sha256 of all rows as the model sees them: ids and loss masks, the held-out rows last."""
-    digest = hashlib.sha256()
-    for row in [*dataset.rows, *dataset.eval_rows]:
-        digest.update(row.ids.tobytes() + row.trained)
-    return digest.hexdigest()
 
 
 def start_digest(spec: JobSpec) -> str:
@@ -35,7 +26,7 @@ def start_digest(spec: JobSpec) -> str:
     return file_digest(weights) if spec.lora.start and weights.is_file() else ""
 
 
-def make_manifest(spec: JobSpec, files: ModelFiles, dataset: Dataset, progress: Progress, *, digest: str) -> Manifest:
+def make_manifest(spec: JobSpec, files: ModelFiles, feed: Feed, progress: Progress, *, digest: str) -> Manifest:
     """The manifest of what a job publishes; `digest` is the content digest of its tensors.
 
     The same job gives the same manifest: it holds no times, and no places but the base's source.
@@ -55,7 +46,7 @@ def make_manifest(spec: JobSpec, files: ModelFiles, dataset: Dataset, progress: 
             "text_digest": text_digest(files),
         },
         "job": _recipe(spec),
-        "data_digest": data_digest(dataset),
+        **feed.summary(),
         "recommended_sampling": _recommended(files),
         "steps": taken,
         "trained_tokens": progress.trained_tokens,

@@ -63,16 +63,17 @@ def from_first(read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
             found = read()
         except JobError as error:
             failed = error
-    told: list[tuple[JobError | None, Progress | None, dict[str, Shape], dict[str, Shape]]] = [
+    told: list[tuple[JobError | None, Progress | None, bytes, dict[str, Shape], dict[str, Shape]]] = [
         (
             failed,
             found.progress if found else None,
+            found.cursor if found else b"",
             _shapes(found.parameters) if found else {},
             _shapes(found.optimiser) if found else {},
         )
     ]
     dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-    failed, progress, parameters, optimiser = told[0]
+    failed, progress, cursor, parameters, optimiser = told[0]
     if failed is not None:
         raise failed
     if progress is None:
@@ -81,6 +82,7 @@ def from_first(read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
         progress=progress,
         parameters=Broadcast(parameters, found.parameters if found else None),
         optimiser=Broadcast(optimiser, found.optimiser if found else None),
+        cursor=cursor,
     )
 
 

@@ -26,10 +26,14 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_length: int = 0  # tokens of a row; 0: the model's context
     length_policy: Literal["error", "drop", "split", "truncate-left", "truncate-right"] = "error"
     ignore_columns: tuple[str, ...] = ()
-    eval_rows: int = 0  # held out for evaluation
+    eval_rows: int = 0  # held out for evaluation; of a stream the first
+    streaming: bool = False  # read while it is trained on, never held whole; begins again where it ends
+    shuffle_buffer_size: int = 0  # rows of a stream held to draw from; 0: 1,000; 1: in its own order
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_length", "eval_rows")
+        _at_least(self, 0, "max_length", "eval_rows", "shuffle_buffer_size")
+        if self.shuffle_buffer_size and not self.streaming:
+            raise ValueError("shuffle_buffer_size needs streaming: a dataset that is held whole is shuffled whole")
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,6 +120,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("load_in_4bit needs parallelism ddp: quantised weights stay whole on every rank")
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, not {self.epochs}")
+        if self.dataset.streaming and not self.max_steps:
+            raise ValueError("dataset.streaming needs max_steps: how long a stream is, is not known before its end")
         if self.early_stop_patience and not self.dataset.eval_rows:
             raise ValueError("early_stop_patience needs dataset.eval_rows")
 

@@ -14,7 +14,6 @@ from lmesh_trainer.data.order import epoch_order, held_out
 from lmesh_trainer.data.packing import pack
 from lmesh_trainer.data.rows import Counts, LengthPolicy, Row, RowMaker, RowSettings
 from lmesh_trainer.data.source import read_records
-from lmesh_trainer.events import TokenShown
 from lmesh_trainer.spec import DatasetSpec
 
 
@@ -37,15 +36,17 @@ class Dataset:
         """Updates that take every row once; the last may have fewer rows."""
         return -(-len(self.rows) // batch_size)
 
-    def preview(self, tokenizer: TextTokenizer, count: int = 3) -> list[list[TokenShown]]:
-        """The first rows as the model sees them."""
-        return [
-            [
-                TokenShown(id=token, text=tokenizer.token_text(token), trained=bool(trained))
-                for token, trained in zip(row.ids, row.trained, strict=True)
-            ]
-            for row in self.rows[:count]
-        ]
+
+def row_settings(spec: DatasetSpec, context: int) -> RowSettings:
+    """How a dataset's rows are made; `context` is the model's longest sequence. Raises DatasetError BAD_MAX_LENGTH."""
+    if spec.max_length > context:
+        raise DatasetError("BAD_MAX_LENGTH", f"max_length is {spec.max_length}, and the model's context {context}")
+    return RowSettings(
+        max_length=spec.max_length or context,
+        policy=LengthPolicy(spec.length_policy),
+        form=None if spec.format == "auto" else Format(spec.format),
+        ignore_columns=spec.ignore_columns,
+    )
 
 
 def load_dataset(spec: DatasetSpec, tokenizer: TextTokenizer, *, context: int, seed: int) -> Dataset:
@@ -53,15 +54,7 @@ def load_dataset(spec: DatasetSpec, tokenizer: TextTokenizer, *, context: int, s
 
     Raises DatasetError, also BAD_MAX_LENGTH, EMPTY_DATASET and TOO_FEW_ROWS.
     """
-    if spec.max_length > context:
-        raise DatasetError("BAD_MAX_LENGTH", f"max_length is {spec.max_length}, and the model's context {context}")
-    settings = RowSettings(
-        max_length=spec.max_length or context,
-        policy=LengthPolicy(spec.length_policy),
-        form=None if spec.format == "auto" else Format(spec.format),
-        ignore_columns=spec.ignore_columns,
-    )
-    maker = RowMaker(tokenizer, settings)
+    maker = RowMaker(tokenizer, row_settings(spec, context))
     rows = list(maker.rows(read_records(spec.source, split=spec.split)))
     if not rows:
         raise DatasetError("EMPTY_DATASET", f"{spec.source} has no row that is left to learn from")

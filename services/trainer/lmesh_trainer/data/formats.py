@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from lmesh_trainer.data.errors import DatasetError
-from lmesh_trainer.data.source import Record
+from lmesh_trainer.data.records import Record
 
 
 class Format(StrEnum):

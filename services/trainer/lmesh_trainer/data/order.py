@@ -1,4 +1,4 @@
-"""Which rows a step takes: a permutation an epoch, a function of seed and epoch; and a fixed share held out."""
+"""Which rows come next, a function of seed and epoch: a permutation, a stream's draws, and a fixed share held out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def _draw(seed: int, *parts: int) -> bytes:
 def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     """A permutation of range(count): rows sorted by a hash of (seed, epoch, row), the same on every machine."""
     return tuple(sorted(range(count), key=lambda row: (_draw(seed, epoch, row), row)))
+
+
+def drawn_index(seed: int, epoch: int, draw: int, count: int) -> int:
+    """Which of `count` rows a stream's draw number `draw` of an epoch takes; 64 bits over `count` are even enough."""
+    return int.from_bytes(_draw(seed, epoch, draw)) % count
 
 
 def held_out(seed: int, rows: Sequence[T], count: int) -> tuple[list[T], list[T]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from lmesh_kernels.text.loss_mask import MaskedIds, mask_chat, mask_completion, mask_text, renderer
@@ -13,7 +13,7 @@ from lmesh_kernels.text.tokenizer import TextTokenizer
 
 from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.data.formats import Chat, Completion, Example, Format, Text, convert, detect
-from lmesh_trainer.data.source import Record
+from lmesh_trainer.data.records import Record
 
 
 class LengthPolicy(StrEnum):
@@ -54,7 +54,6 @@ class Counts:
     truncated: int = 0
     split: int = 0
     skipped_turns: int = 0
-    lengths: list[int] = field(default_factory=list)  # of every row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +71,9 @@ class RowMaker:
 
     def __init__(self, tokenizer: TextTokenizer, settings: RowSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
-        self._form = settings.form
+        self.form = settings.form
         self.counts = Counts()
+        self.number = 0  # of the next row; whoever reads a dataset again says where it begins
 
     def rows(self, records: Iterable[tuple[int, Record]]) -> Iterator[Row]:
         """Rows in the order of the records.
@@ -82,14 +82,17 @@ class RowMaker:
         with the line.
         """
         for line, record in records:
-            if self._form is None:
-                self._form = detect(record, line)
-            self.counts.records += 1
-            example = convert(record, self._form, line, ignore=self._settings.ignore_columns)
-            masked = self._mask(example, line)
-            self.counts.skipped_turns += masked.skipped_turns
-            for ids, trained in self._fitted(masked, example, line):
-                yield self._row(line, ids, trained)
+            yield from self.make(line, record)
+
+    def make(self, line: int, record: Record) -> list[Row]:
+        """The rows of one record: one, or none or several where the length policy says so. Raises as `rows` does."""
+        if self.form is None:
+            self.form = detect(record, line)
+        self.counts.records += 1
+        example = convert(record, self.form, line, ignore=self._settings.ignore_columns)
+        masked = self._mask(example, line)
+        self.counts.skipped_turns += masked.skipped_turns
+        return [self._row(line, ids, trained) for ids, trained in self._fitted(masked, example, line)]
 
     def _mask(self, example: Example, line: int) -> MaskedIds:
         try:
@@ -143,10 +146,10 @@ class RowMaker:
         yield ids, trained
 
     def _row(self, line: int, ids: list[int], trained: list[bool]) -> Row:
-        row = Row(number=self.counts.rows, line=line, ids=array("i", ids), trained=bytes(trained))
+        row = Row(number=self.number, line=line, ids=array("i", ids), trained=bytes(trained))
+        self.number += 1
         self.counts.rows += 1
         self.counts.tokens += len(ids)
         self.counts.trained_tokens += row.trained_tokens
         self.counts.longest = max(self.counts.longest, len(ids))
-        self.counts.lengths.append(len(ids))
         return row

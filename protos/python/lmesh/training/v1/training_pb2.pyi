@@ -78,6 +78,8 @@ class DatasetSpec(_message.Message):
     LENGTH_POLICY_FIELD_NUMBER: _builtins.int
     IGNORE_COLUMNS_FIELD_NUMBER: _builtins.int
     EVAL_ROWS_FIELD_NUMBER: _builtins.int
+    STREAMING_FIELD_NUMBER: _builtins.int
+    SHUFFLE_BUFFER_SIZE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """artifact:<digest>/<file name> for what Upload stored; hub:<owner>/<name> for the Hugging Face hub."""
     split: _builtins.str
@@ -89,7 +91,11 @@ class DatasetSpec(_message.Message):
     length_policy: _builtins.str
     """Of longer rows: error (default), drop, split, truncate-left or truncate-right."""
     eval_rows: _builtins.int
-    """Rows held out for evaluation. Default 0."""
+    """Rows held out for evaluation: drawn from all, or of a stream the first. Default 0."""
+    streaming: _builtins.bool
+    """Read while training, never held whole; begins again where it ends. Needs max_steps. Default false."""
+    shuffle_buffer_size: _builtins.int
+    """Rows of a stream that are held to draw from; 1 keeps its order. 0 (default): 1,000."""
     @_builtins.property
     def ignore_columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Columns that are known and not used."""
@@ -104,10 +110,12 @@ class DatasetSpec(_message.Message):
         length_policy: _builtins.str | None = ...,
         ignore_columns: _abc.Iterable[_builtins.str] | None = ...,
         eval_rows: _builtins.int | None = ...,
+        streaming: _builtins.bool | None = ...,
+        shuffle_buffer_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_rows", b"_eval_rows", "_format", b"_format", "_length_policy", b"_length_policy", "_max_length", b"_max_length", "_split", b"_split", "eval_rows", b"eval_rows", "format", b"format", "length_policy", b"length_policy", "max_length", b"max_length", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_rows", b"_eval_rows", "_format", b"_format", "_length_policy", b"_length_policy", "_max_length", b"_max_length", "_shuffle_buffer_size", b"_shuffle_buffer_size", "_split", b"_split", "_streaming", b"_streaming", "eval_rows", b"eval_rows", "format", b"format", "length_policy", b"length_policy", "max_length", b"max_length", "shuffle_buffer_size", b"shuffle_buffer_size", "split", b"split", "streaming", b"streaming"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_rows", b"_eval_rows", "_format", b"_format", "_length_policy", b"_length_policy", "_max_length", b"_max_length", "_split", b"_split", "eval_rows", b"eval_rows", "format", b"format", "ignore_columns", b"ignore_columns", "length_policy", b"length_policy", "max_length", b"max_length", "source", b"source", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_rows", b"_eval_rows", "_format", b"_format", "_length_policy", b"_length_policy", "_max_length", b"_max_length", "_shuffle_buffer_size", b"_shuffle_buffer_size", "_split", b"_split", "_streaming", b"_streaming", "eval_rows", b"eval_rows", "format", b"format", "ignore_columns", b"ignore_columns", "length_policy", b"length_policy", "max_length", b"max_length", "shuffle_buffer_size", b"shuffle_buffer_size", "source", b"source", "split", b"split", "streaming", b"streaming"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_rows: _TypeAlias = _typing.Literal["eval_rows"]  # noqa: Y015
     _WhichOneofArgType__eval_rows: _TypeAlias = _typing.Literal["_eval_rows", b"_eval_rows"]  # noqa: Y015
@@ -117,8 +125,12 @@ class DatasetSpec(_message.Message):
     _WhichOneofArgType__length_policy: _TypeAlias = _typing.Literal["_length_policy", b"_length_policy"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__shuffle_buffer_size: _TypeAlias = _typing.Literal["shuffle_buffer_size"]  # noqa: Y015
+    _WhichOneofArgType__shuffle_buffer_size: _TypeAlias = _typing.Literal["_shuffle_buffer_size", b"_shuffle_buffer_size"]  # noqa: Y015
     _WhichOneofReturnType__split: _TypeAlias = _typing.Literal["split"]  # noqa: Y015
     _WhichOneofArgType__split: _TypeAlias = _typing.Literal["_split", b"_split"]  # noqa: Y015
+    _WhichOneofReturnType__streaming: _TypeAlias = _typing.Literal["streaming"]  # noqa: Y015
+    _WhichOneofArgType__streaming: _TypeAlias = _typing.Literal["_streaming", b"_streaming"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_rows) -> _WhichOneofReturnType__eval_rows | None: ...
     @_typing.overload
@@ -128,7 +140,11 @@ class DatasetSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shuffle_buffer_size) -> _WhichOneofReturnType__shuffle_buffer_size | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__split) -> _WhichOneofReturnType__split | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__streaming) -> _WhichOneofReturnType__streaming | None: ...
 
 Global___DatasetSpec: _TypeAlias = DatasetSpec  # noqa: Y015
 
@@ -792,6 +808,7 @@ class DatasetReport(_message.Message):
     TRUNCATED_FIELD_NUMBER: _builtins.int
     SKIPPED_TURNS_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    STREAMING_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows to train on."""
     eval_rows: _builtins.int
@@ -808,6 +825,8 @@ class DatasetReport(_message.Message):
     """Rows cut by the length policy."""
     skipped_turns: _builtins.int
     """Assistant turns without a loss because their text depends on what follows."""
+    streaming: _builtins.bool
+    """A stream: what is counted are the rows of its beginning, read to try it."""
     @_builtins.property
     def preview(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowShown]:
         """The first rows."""
@@ -824,10 +843,11 @@ class DatasetReport(_message.Message):
         truncated: _builtins.int = ...,
         skipped_turns: _builtins.int = ...,
         preview: _abc.Iterable[Global___RowShown] | None = ...,
+        streaming: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "eval_rows", b"eval_rows", "longest", b"longest", "preview", b"preview", "rows", b"rows", "skipped_turns", b"skipped_turns", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "eval_rows", b"eval_rows", "longest", b"longest", "preview", b"preview", "rows", b"rows", "skipped_turns", b"skipped_turns", "streaming", b"streaming", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
