@@ -24,6 +24,10 @@ from lmesh_cli.run_dir import RunDir
 WAIT_S = 20.0
 
 
+async def _rewritten(client: redis.asyncio.Redis) -> bool:
+    return not (await client.info("persistence"))["aof_rewrite_in_progress"]
+
+
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -129,7 +133,7 @@ class TestServer:
                 for _ in range(50):
                     await client.set("lmesh:worker:1", b"x" * 200_000)
                 async with asyncio.timeout(WAIT_S):
-                    while (await client.info("persistence"))["aof_rewrite_in_progress"]:
+                    while not await _rewritten(client):  # noqa: ASYNC110 - another process does it
                         await asyncio.sleep(0.05)
             assert len(await client.get("lmesh:worker:1")) == 200_000
         assert _bytes_in(data) < 80 * 2**20

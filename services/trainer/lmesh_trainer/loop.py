@@ -211,12 +211,13 @@ class Loop:
     def _save(self) -> None:
         if self._parts.rank != 0 or self._saved_at == self._progress.step:
             return
+        begin = time.perf_counter()
         masters = {parameter.name: parameter.master for parameter in self._parts.parameters}
         path = save_checkpoint(self._checkpoints, self._progress, masters, self._parts.optimiser.state())
-        self._saved_at = self._progress.step
+        self._saved_at, seconds = self._progress.step, time.perf_counter() - begin
         best = self._checkpoints / f"step-{self._progress.best_step:08d}"
         prune(self._checkpoints, self._spec.keep_checkpoints, spare=best if self._spec.early_stop_patience else None)
-        self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path)))
+        self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path), seconds=seconds))
 
     def take_best(self) -> None:
         """Goes back to the parameters with the best evaluation, where the job stops early and kept them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import aclosing
 from pathlib import Path
@@ -12,12 +13,14 @@ from lmesh_chassis.artifacts.folders import put_folder
 
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.events import Ended, Outcome, Published, Reported, Stored
+from lmesh_trainer.job_folders import note_begun, note_ended
 from lmesh_trainer.job_process import JobProcess
 from lmesh_trainer.manifest_file import read_manifest
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.orders import StartOrder
 from lmesh_trainer.outbox import Outbox
 from lmesh_trainer.sources import Bench
+from lmesh_trainer.spans import RunSpan
 from lmesh_trainer.spec import JobSpec
 
 _log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class Run:
         self._process: JobProcess | None = None
         self._wishes: list[Wish] = []
         self._leaving = False
+        self._span: RunSpan | None = None
 
     def ask(self, wish: Wish) -> None:
         """Asks the job to stop or to be cancelled, as a client wants it."""
@@ -50,6 +54,13 @@ class Run:
 
     async def run(self) -> None:
         """Runs the job to its end, and says how that was."""
+        self._span = RunSpan(self.job_id, self.lease)
+        try:
+            await self._run()
+        finally:
+            self._span.end()
+
+    async def _run(self) -> None:
         try:
             ended = await self._work()
         except (JobError, ArtifactError) as error:
@@ -62,6 +73,8 @@ class Run:
             _log.info("the run is left to another trainer", extra=extra)
             return
         _log.info("the run ended", extra=extra)
+        with contextlib.suppress(JobError):  # a job that cannot have a folder
+            note_ended(self._bench.folder(self.job_id), ended)
         self._tell(ended)
 
     async def _work(self) -> Ended:
@@ -70,6 +83,7 @@ class Run:
         if self._wishes or self._leaving:  # asked before there was a process: its checkpoints are as they were
             return Ended(outcome=Outcome.STOPPED)
         folder = self._bench.folder(self.job_id)
+        note_begun(folder)
         spec = await asyncio.to_thread(self._bench.prepare, self._order.told, folder)
         self._process = JobProcess(folder, world=self._bench.world)
         for wish in [*self._wishes, *([Wish.STOP] if self._leaving else [])]:
@@ -91,4 +105,6 @@ class Run:
         return Stored(artifact=artifact, adapter_digest=digest, manifest=read_manifest(folder))
 
     def _tell(self, event: Reported) -> None:
+        if self._span is not None:
+            self._span.take(event)
         self.outbox.add(event)
