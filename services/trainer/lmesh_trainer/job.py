@@ -23,11 +23,12 @@ from lmesh_kernels.platforms.platform import Platform, PlatformError
 from lmesh_kernels.text.digests import base_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
+from safetensors import SafetensorError
 
 from lmesh_trainer import events
 from lmesh_trainer.data.dataset import Dataset, load_dataset
 from lmesh_trainer.data.errors import DatasetError
-from lmesh_trainer.errors import JobError
+from lmesh_trainer.errors import JobError, disk_full
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
 from lmesh_trainer.manifest import data_digest, make_manifest, start_digest
@@ -262,6 +263,6 @@ def _publish(
     try:
         digest = subject.publish(target)
         write_manifest(target, make_manifest(spec, files, dataset, loop.progress, digest=digest))
-    except OSError as error:
-        raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise JobError("DISK_FULL" if disk_full(error) else "PUBLISH_FAILED", f"{target.name}: {error}") from error
     report(events.Published(folder=str(target), digest=digest))

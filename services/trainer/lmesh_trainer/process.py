@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lmesh_kernels.platforms.host_memory import keep_freed_memory
 
 from lmesh_trainer import events
+from lmesh_trainer.errors import unforeseen
 from lmesh_trainer.folder_lock import JobBusyError, own_folder
 from lmesh_trainer.job import run_job
 from lmesh_trainer.messages import Wish, frame
@@ -109,8 +110,8 @@ def main() -> int:
     except Exception as error:  # the process's edge: the server is told, whatever it was
         log.exception("the job failed")
         if line is not None:
-            message = f"{type(error).__name__}: {error}"
-            line.report(events.Ended(outcome=events.Outcome.FAILED, reason="JOB_FAILED", message=message))
+            told = unforeseen(error)
+            line.report(events.Ended(outcome=events.Outcome.FAILED, reason=told.reason, message=told.message))
         return 1
     finally:
         if dist.is_initialized():

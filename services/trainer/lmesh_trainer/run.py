@@ -11,7 +11,7 @@ from pathlib import Path
 from lmesh_chassis.artifacts.errors import ArtifactError
 from lmesh_chassis.artifacts.folders import put_folder
 
-from lmesh_trainer.errors import JobError
+from lmesh_trainer.errors import JobError, unforeseen
 from lmesh_trainer.events import Ended, Outcome, Published, Reported, Stored
 from lmesh_trainer.job_folders import note_begun, note_ended
 from lmesh_trainer.job_process import JobProcess
@@ -67,7 +67,8 @@ class Run:
             ended = Ended(outcome=Outcome.FAILED, reason=error.reason, message=error.message)
         except Exception as error:  # noqa: BLE001 - this run's edge: the scheduler is told, whatever it was
             _log.exception("the run failed", extra={"job": self.job_id})
-            ended = Ended(outcome=Outcome.FAILED, reason="JOB_FAILED", message=f"{type(error).__name__}: {error}")
+            told = unforeseen(error)
+            ended = Ended(outcome=Outcome.FAILED, reason=told.reason, message=told.message)
         extra = {"job": self.job_id, "lease": self.lease, "outcome": ended.outcome.value, "reason": ended.reason}
         if ended.outcome is Outcome.STOPPED and self._leaving and not self._wishes:
             _log.info("the run is left to another trainer", extra=extra)
