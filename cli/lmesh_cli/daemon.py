@@ -59,7 +59,8 @@ async def _supervise(run_dir: RunDir, plan: MeshPlan) -> int:
 def _embedded(run_dir: RunDir) -> services.EmbeddedRedis | None:
     if not services.wants_embedded_redis(os.environ):
         return None
-    return services.EmbeddedRedis(server=redis_server.find_server(), folder=run_dir.socket_folder())
+    server = redis_server.find_server()
+    return services.EmbeddedRedis(server=server, folder=run_dir.socket_folder(), data=run_dir.redis_data())
 
 
 if __name__ == "__main__":

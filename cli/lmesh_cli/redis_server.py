@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 MAX_MEMORY = "256mb"
+REWRITE_SIZE = "16mb"  # from here on the file is written anew whenever it has doubled
 _TIMEOUT_S = 2.0
 _ON_PATH = ("redis-server", "valkey-server")
 
@@ -42,18 +43,22 @@ def find_server(environ: Mapping[str, str] | None = None) -> Path:
     return bundled
 
 
-def command(server: Path, folder: Path) -> list[str]:
-    """The command line: a unix socket in `folder` and no TCP port, bounded memory, nothing on disk.
+def command(server: Path, folder: Path, data: Path) -> list[str]:
+    """The command line: a unix socket in `folder` and no TCP port, bounded memory, an append-only file in `data`.
 
-    When memory is full the keys that are next to expire go first: finished requests' records.
+    When memory is full the keys that are next to expire go first: finished requests' records. The file holds commands
+    and no memory image, whose format is its server's own: Redis and Valkey of any version read each other's.
     """
     options = {
         "port": "0",
         "unixsocket": str(socket_path(folder)),
         "unixsocketperm": "700",
-        "dir": str(folder),
+        "dir": str(data),
         "save": "",
-        "appendonly": "no",
+        "appendonly": "yes",
+        "appendfsync": "everysec",  # what dies with the machine is a second; with the process nothing
+        "aof-use-rdb-preamble": "no",
+        "auto-aof-rewrite-min-size": REWRITE_SIZE,
         "daemonize": "no",
         "logfile": "",
         "maxmemory": MAX_MEMORY,

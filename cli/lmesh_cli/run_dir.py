@@ -134,6 +134,12 @@ class RunDir:
         folder.chmod(0o700)
         return folder
 
+    def redis_data(self) -> Path:
+        """Where the embedded Redis keeps its file. It outlives the mesh: published adapters and jobs are in it."""
+        folder = self.path / "redis-data"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
 
 def default_path() -> Path:
     """$LMESH_RUN_DIR, else lmesh in the user's state folder."""

@@ -40,10 +40,11 @@ class ServiceSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddedRedis:
-    """The mesh's own Redis: its program and its folder."""
+    """The mesh's own Redis: its program, the folder of its socket, and that of what it keeps."""
 
     server: Path
     folder: Path
+    data: Path
 
 
 def wants_embedded_redis(environ: Mapping[str, str]) -> bool:
@@ -78,7 +79,7 @@ def _redis(redis: EmbeddedRedis) -> ServiceSpec:
 
     return ServiceSpec(
         name="redis",
-        argv=tuple(redis_server.command(redis.server, redis.folder)),
+        argv=tuple(redis_server.command(redis.server, redis.folder, redis.data)),
         probe=probe,
         # A socket that a killed server left would look like one that refuses.
         prepare=lambda: redis_server.socket_path(redis.folder).unlink(missing_ok=True),

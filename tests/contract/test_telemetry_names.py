@@ -10,7 +10,7 @@ from tests.contract.sources import ROOT, SERVICES, strings, table
 
 PAGE = ROOT / "docs/metrics.md"
 METRIC = re.compile(r"(vllm|lmesh):[a-z][a-z0-9_]*")
-SPAN = re.compile(r"(gateway|scheduler|worker|engine)\.[a-z_]+")
+SPAN = re.compile(r"(gateway|scheduler|worker|engine|trainer)\.[a-z_]+")
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
@@ -21,4 +21,4 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
 def test_spans() -> None:
     constants = {value for value in vars(tracing).values() if isinstance(value, str) and SPAN.fullmatch(value)}
     assert constants == {row[0] for row in table(PAGE, "Spans")}
-    assert constants >= {"gateway.generate", "scheduler.queue", "worker.generate", "engine.step"}
+    assert constants >= {"gateway.generate", "scheduler.queue", "worker.generate", "engine.step", "trainer.run"}

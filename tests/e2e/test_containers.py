@@ -46,7 +46,7 @@ def long_request(request_id: str = "") -> pb.GenerateRequest:
     )
 
 
-@pytest.mark.parametrize("service", ["gateway", "scheduler", "worker"])
+@pytest.mark.parametrize("service", ["gateway", "scheduler", "worker", "trainer"])
 class TestImage:
     def test_has_only_its_own_packages(self, running: ComposeMesh, service: str) -> None:
         names = set(json.loads(running.compose("exec", "-T", service, "python", "-c", LIST)))
@@ -56,13 +56,14 @@ class TestImage:
             "lmesh-chassis",
             f"lmesh-{service}",
         }
-        heavy = names & {"torch", "numpy", "gguf", "tokenizers", "fastapi", "redis", "pytest", "hatchling"}
+        heavy = names & {"torch", "numpy", "gguf", "tokenizers", "datasets", "fastapi", "redis", "pytest", "hatchling"}
         assert (
             heavy
             == {
                 "gateway": {"tokenizers", "fastapi", "redis"},
                 "scheduler": {"redis"},
                 "worker": {"torch", "numpy", "gguf", "tokenizers"},
+                "trainer": {"torch", "numpy", "gguf", "tokenizers", "datasets"},
             }[service]
         )
 
@@ -85,7 +86,7 @@ def test_answers_over_http(running: ComposeMesh) -> None:
 
 
 def test_inner_services_are_not_published(running: ComposeMesh) -> None:
-    for service in ("redis", "scheduler", "worker"):
+    for service in ("redis", "scheduler", "worker", "trainer"):
         (container, *_) = running.containers(service)
         assert not docker("port", container).strip()
 

@@ -262,6 +262,17 @@ def test_stop_resume_and_cancel(client: TrainingClient, dataset: str, unbroken: 
     assert client.ended(third).state == pb.JOB_STATE_CANCELLED
 
 
+def test_a_course_that_blows_up_is_named(client: TrainingClient, dataset: str) -> None:
+    wanted = spec(dataset, save_steps=1)
+    wanted.optimiser.learning_rate = 1e38
+    ended = client.ended(client.create(wanted, "never"))
+    assert (ended.state, ended.reason, ended.attempts) == (pb.JOB_STATE_FAILED, "NON_FINITE_LOSS", 1), ended
+    steps = [event.step for event in client.watch(ended.job_id) if event.WhichOneof("event") == "step"]
+    assert [step.applied for step in steps[-3:]] == [False] * 3
+    listed = client.training.ListAdapters(pb.ListAdaptersRequest(), timeout=30).adapters
+    assert "never" not in {adapter.name for adapter in listed}
+
+
 def test_a_job_goes_on_from_a_published_adapter(
     client: TrainingClient, dataset: str, adapters: dict[str, pb.Adapter]
 ) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from lmesh_trainer import events
+from lmesh_trainer.checkpoint import list_checkpoints, load_checkpoint
 from lmesh_trainer.events import Outcome
 from lmesh_trainer.job_process import JobProcess
+from lmesh_trainer.loop import MOST_SKIPPED
 from lmesh_trainer.messages import Wish
-from lmesh_trainer.spec import JobSpec
+from lmesh_trainer.spec import JobSpec, OptimiserSpec
 
 from tests.training_jobs import Heard, run, save_dataset, save_model, spec
 
@@ -74,6 +76,19 @@ async def test_two_ranks(model: Path, dataset: Path, tmp_path: Path) -> None:
     heard = await watch(job, tmp_path / "job", world=2)
     assert heard.ended.outcome is Outcome.COMPLETED
     assert heard.losses == pytest.approx(run(job, tmp_path / "alone").losses, abs=1e-4)
+
+
+async def test_a_course_that_blows_up(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Nothing is planted here: the rate is one that no parameter survives."""
+    told = OptimiserSpec(learning_rate=1e38, lr_scheduler_type="constant", warmup_steps=2)
+    heard = await watch(spec(model, dataset, max_steps=20, save_steps=1, optimiser=told), tmp_path / "job")
+    assert (heard.ended.outcome, heard.ended.reason) == (Outcome.FAILED, "NON_FINITE_LOSS")
+    steps, saved = heard.of(events.StepDone), heard.of(events.CheckpointSaved)
+    assert [step.applied for step in steps[-MOST_SKIPPED:]] == [False] * MOST_SKIPPED
+    applied = [step.global_step for step in steps if step.applied]
+    assert [event.global_step for event in saved] == applied  # never one of an update that was skipped
+    newest = list_checkpoints(tmp_path / "job" / "checkpoints")[-1]
+    assert load_checkpoint(newest).progress.step == applied[-1]
 
 
 async def test_what_cannot_be_is_said(model: Path, tmp_path: Path) -> None:

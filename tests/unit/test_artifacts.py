@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,24 @@ class TestUploads:
         with refused("CORRUPT_ARTIFACT"):
             uploads.commit(digest, size=4)
         assert uploads.begin(digest, 4) == 0
+
+    def test_a_reserve_is_left(self, store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        free = SimpleNamespace(free=105)
+        monkeypatch.setattr("lmesh_chassis.artifacts.uploads.shutil.disk_usage", lambda path: free)
+        uploads, digest = Uploads(store, max_bytes=10, reserve_bytes=100), digest_of(b"abcdef")
+        with refused("STORE_FULL"):
+            uploads.begin(digest, 6)
+        assert uploads.begin(digest, 5) == 0
+        uploads.append(digest, 0, b"abc", size=6)
+        free.free = 102  # what is there already needs no room any more
+        with refused("STORE_FULL"):
+            uploads.begin(digest, 6)
+        free.free = 103
+        assert uploads.begin(digest, 6) == 3
+        uploads.append(digest, 3, b"def", size=6)
+        uploads.commit(digest, size=6)
+        free.free = 0
+        assert uploads.begin(digest, 6) == 6  # whole: nothing is to be sent
 
     def test_old_drafts_go(self, store: FolderStore) -> None:
         uploads = Uploads(store, max_bytes=10, keep_s=60)

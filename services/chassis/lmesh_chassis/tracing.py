@@ -21,6 +21,7 @@ GATEWAY_GENERATE = "gateway.generate"
 SCHEDULER_QUEUE = "scheduler.queue"
 WORKER_GENERATE = "worker.generate"
 ENGINE_STEP = "engine.step"
+TRAINER_RUN = "trainer.run"
 
 _propagator = TraceContextTextMapPropagator()
 _provider: TracerProvider | None = None

@@ -42,16 +42,16 @@ _ERRORS: dict[str, type[ServiceError]] = {
 class ArtifactTransfer:
     """Over one folder, which other gateways, the scheduler, workers and trainers may share."""
 
-    def __init__(self, store: FolderStore, *, max_bytes: int) -> None:
+    def __init__(self, store: FolderStore, *, max_bytes: int, reserve_bytes: int = 0) -> None:
         self._store = store
-        self._uploads = Uploads(store, max_bytes=max_bytes)
+        self._uploads = Uploads(store, max_bytes=max_bytes, reserve_bytes=reserve_bytes)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts")
         # Held in the threads: a call that is cancelled leaves its thread at work, and the next writer must wait for it.
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._sweep_at = 0.0
 
     @classmethod
-    def from_folder(cls, folder: str, *, max_bytes: int) -> ArtifactTransfer | None:
+    def from_folder(cls, folder: str, *, max_bytes: int, reserve_bytes: int = 0) -> ArtifactTransfer | None:
         """None where no folder is set. Raises SettingsError for one that cannot be used."""
         if not folder:
             return None
@@ -60,11 +60,11 @@ class ArtifactTransfer:
             _ = store.drafts
         except (OSError, ArtifactError) as error:
             raise SettingsError("LMESH_GATEWAY_ARTIFACTS", str(error)) from error
-        return cls(store, max_bytes=max_bytes)
+        return cls(store, max_bytes=max_bytes, reserve_bytes=reserve_bytes)
 
     async def begin(self, digest: str, size: int) -> int:
         """How many bytes of an upload are there; `size`: it is stored. Raises InvalidArgumentError, BadUploadError
-        for a size that is not allowed, or what `append` raises for the last piece."""
+        for a size that is not allowed, StoreFullError, or what `append` raises for the last piece."""
         return await self._run(lambda: self._begin(digest, size), digest, "size")
 
     async def append(self, digest: str, offset: int, data: bytes, *, size: int) -> int:

@@ -33,6 +33,7 @@ class GatewaySettings(ChassisSettings):
     drain_linger_s: float = 0.5  # after SIGTERM, how long new requests are still answered, with DRAINING
     artifacts: str = ""  # folder of the artifact store; empty: nothing can be uploaded or downloaded here
     max_upload_bytes: int = 4 * 2**30  # largest artifact
+    upload_reserve_bytes: int = 256 * 2**20  # of the artifacts' disk, that uploads leave to checkpoints and adapters
     tenants_file: str = ""  # who may call, with which API keys; empty: everybody, with none
     # Keys the tenants' cache salts; the same in all gateways of a mesh. Empty: each model's digest.
     cache_salt_key: str = secret()
@@ -50,7 +51,7 @@ class GatewaySettings(ChassisSettings):
             raise ValueError("redis_timeout_s, ledger_ttl_s, ledger_max_entries and ledger_max_bytes must be positive")
         if self.http_head_timeout_s <= 0:
             raise ValueError("http_head_timeout_s must be positive")
-        if self.max_upload_bytes <= 0:
-            raise ValueError("max_upload_bytes must be positive")
+        if self.max_upload_bytes <= 0 or self.upload_reserve_bytes < 0:
+            raise ValueError("max_upload_bytes must be positive, upload_reserve_bytes 0 or more")
         if self.default_deadline_s <= 0 or self.default_queue_timeout_s <= 0 or self.max_requests < 1:
             raise ValueError("default_deadline_s, default_queue_timeout_s and max_requests must be positive")

@@ -72,7 +72,9 @@ class Gateway:
                 timeout_s=settings.redis_timeout_s,
             ),
         )
-        self._artifacts = ArtifactTransfer.from_folder(settings.artifacts, max_bytes=settings.max_upload_bytes)
+        self._artifacts = ArtifactTransfer.from_folder(
+            settings.artifacts, max_bytes=settings.max_upload_bytes, reserve_bytes=settings.upload_reserve_bytes
+        )
         self._training_link = TrainingLink(
             settings.scheduler,
             deadline_s=settings.default_deadline_s,

@@ -6,7 +6,6 @@ was, and a manifest with the digest of each file. It is written under another na
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmesh_trainer.errors import JobError
+from lmesh_trainer.errors import JobError, disk_full
 
 _NAME = re.compile(r"step-(\d{8})")
 _FILES = ("parameters.safetensors", "optimiser.safetensors", "progress.json")
@@ -78,8 +77,7 @@ def save_checkpoint(
             shutil.rmtree(draft, ignore_errors=True)
             raise
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "DISK_FULL" if full else "CHECKPOINT_FAILED"
+        reason = "DISK_FULL" if disk_full(error) else "CHECKPOINT_FAILED"
         raise JobError(reason, f"checkpoint {target.name} could not be written: {error}") from error
     return target
 

@@ -22,6 +22,8 @@ class TrainerSettings(ChassisSettings):
     artifacts: Path  # folder of the artifact store, shared with the gateways
     # Folder of the jobs' folders, for every trainer that may go on with a job the same; empty: jobs below `artifacts`.
     jobs: Path | None = None
+    keep_jobs_days: float = 30.0  # after the last write; as long as a scheduler's job_ttl_s jobs can be resumed
+    keep_completed_jobs: int = 20  # folders of completed jobs that are kept even so long
     hub: bool = False  # whether jobs may name datasets of the Hugging Face hub
 
     device: Literal["auto", "cpu", "cuda", "rocm", "xpu"] = "auto"
@@ -45,6 +47,8 @@ class TrainerSettings(ChassisSettings):
         host, _, port = self.rendezvous.rpartition(":")
         if self.rendezvous and not (host and port.isdecimal() and 0 < int(port) <= 65535 - self.slots):
             raise ValueError(f"rendezvous must be host:port, with a port for each slot, not {self.rendezvous!r}")
+        if self.keep_jobs_days <= 0 or self.keep_completed_jobs < 0:
+            raise ValueError("keep_jobs_days must be positive, keep_completed_jobs 0 or more")
         if self.query_timeout_s <= 0:
             raise ValueError("query_timeout_s must be positive")
 

@@ -95,6 +95,7 @@ class CheckpointSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     global_step: int
     folder: str
+    seconds: float = 0.0  # that it took to write, synced
 
 
 class Published(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -22,13 +22,14 @@ from lmesh_kernels.platforms.platform import Platform, PlatformError
 from lmesh_kernels.text.digests import base_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
+from safetensors import SafetensorError
 
 from lmesh_trainer import events
 from lmesh_trainer.base import check_sharding, load_base, quantisation_of, shards_of
 from lmesh_trainer.data.errors import DatasetError
 from lmesh_trainer.data.feed import Feed
 from lmesh_trainer.data.opening import open_feed
-from lmesh_trainer.errors import JobError
+from lmesh_trainer.errors import JobError, disk_full
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.loop import Loop, Parts
 from lmesh_trainer.manifest import make_manifest, start_digest
@@ -254,6 +255,6 @@ def _publish(
     try:
         digest = subject.publish(target, wholes)
         write_manifest(target, make_manifest(spec, files, feed, loop.progress, digest=digest))
-    except OSError as error:
-        raise JobError("DISK_FULL" if error.errno == 28 else "PUBLISH_FAILED", f"{target.name}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise JobError("DISK_FULL" if disk_full(error) else "PUBLISH_FAILED", f"{target.name}: {error}") from error
     report(events.Published(folder=str(target), digest=digest))

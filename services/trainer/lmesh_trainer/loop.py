@@ -219,15 +219,17 @@ class Loop:
     def _save(self) -> None:
         if self._saved_at == self._progress.step:
             return
+        begin = time.perf_counter()
         # All ranks gather what each holds a part of, and the first writes it.
         masters, state = self._parts.parameters.wholes(), self._parts.optimiser.state()
         self._saved_at = self._progress.step
         if self._parts.rank != 0:
             return
         path = save_checkpoint(self._checkpoints, self._progress, masters, state, self._parts.feed.cursor())
+        seconds = time.perf_counter() - begin
         best = self._checkpoints / f"step-{self._progress.best_step:08d}"
         prune(self._checkpoints, self._spec.keep_checkpoints, spare=best if self._spec.early_stop_patience else None)
-        self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path)))
+        self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path), seconds=seconds))
 
     def take_best(self) -> None:
         """Goes back to the parameters with the best evaluation, where the job stops early and kept them."""

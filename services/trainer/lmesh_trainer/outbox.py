@@ -76,6 +76,11 @@ class Outbox:
             self._sent = max(0, self._sent - 1)
 
     @property
+    def pending(self) -> int:
+        """Reports that the scheduler has not acknowledged."""
+        return len(self._waiting) + len(self._unacked)
+
+    @property
     def empty(self) -> bool:
         """Whether the scheduler has all of it."""
         return not self._waiting and not self._unacked

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lmesh_kernels.platforms.host_memory import keep_freed_memory
 
 from lmesh_trainer import events
+from lmesh_trainer.errors import JobError, unforeseen
 from lmesh_trainer.folder_lock import JobBusyError, own_folder
 from lmesh_trainer.job import run_job
 from lmesh_trainer.messages import Wish, frame
@@ -122,11 +123,9 @@ def main() -> int:
         return 1
     except Exception as error:  # the process's edge: the server is told, whatever it was
         log.exception("the job failed")
-        reason = "JOB_DIED" if ranked and is_lost(error) else "JOB_FAILED"
+        told = JobError("JOB_DIED", str(error)) if ranked and is_lost(error) else unforeseen(error)
         with suppress(ServerGoneError):
-            report(
-                events.Ended(outcome=events.Outcome.FAILED, reason=reason, message=f"{type(error).__name__}: {error}")
-            )
+            report(events.Ended(outcome=events.Outcome.FAILED, reason=told.reason, message=told.message))
         return 1
     finally:
         if dist.is_initialized():

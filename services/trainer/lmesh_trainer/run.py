@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import aclosing
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 from lmesh_chassis.artifacts.errors import ArtifactError
 from lmesh_chassis.artifacts.folders import put_folder
 
-from lmesh_trainer.errors import JobError
+from lmesh_trainer.errors import JobError, unforeseen
 from lmesh_trainer.events import Ended, Outcome, Published, Reported, Stored
+from lmesh_trainer.job_folders import note_begun, note_ended
 from lmesh_trainer.job_process import JobProcess
 from lmesh_trainer.manifest_file import read_manifest
 from lmesh_trainer.messages import Wish
 from lmesh_trainer.orders import StartOrder
 from lmesh_trainer.outbox import Outbox
 from lmesh_trainer.sources import Bench
+from lmesh_trainer.spans import RunSpan
 from lmesh_trainer.spec import JobSpec
 
 _log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ class Run:
         self._wishes: list[Wish] = []
         self._leaving = False
         self._left = asyncio.Event()
+        self._span: RunSpan | None = None
 
     def ask(self, wish: Wish) -> None:
         """Asks the job to stop or to be cancelled, as a client wants it."""
@@ -57,12 +61,21 @@ class Run:
         if not self._order.leads:
             await self._follow()
             return
+        self._span = RunSpan(self.job_id, self.lease)
+        try:
+            await self._run()
+        finally:
+            self._span.end()
+
+    async def _run(self) -> None:
         ended = await self._end()
         extra = {"job": self.job_id, "lease": self.lease, "outcome": ended.outcome.value, "reason": ended.reason}
         if ended.outcome is Outcome.STOPPED and self._leaving and not self._wishes:
             _log.info("the run is left to another trainer", extra=extra)
             return
         _log.info("the run ended", extra=extra)
+        with contextlib.suppress(JobError):  # a job that cannot have a folder
+            note_ended(self._bench.folder(self.job_id), ended)
         self._tell(ended)
 
     async def _follow(self) -> None:
@@ -86,7 +99,8 @@ class Run:
             return Ended(outcome=Outcome.FAILED, reason=error.reason, message=error.message)
         except Exception as error:  # noqa: BLE001 - this run's edge: the scheduler is told, whatever it was
             _log.exception("the run failed", extra={"job": self.job_id})
-            return Ended(outcome=Outcome.FAILED, reason="JOB_FAILED", message=f"{type(error).__name__}: {error}")
+            told = unforeseen(error)
+            return Ended(outcome=Outcome.FAILED, reason=told.reason, message=told.message)
 
     async def _work(self) -> Ended:
         if Wish.CANCEL in self._wishes:
@@ -94,6 +108,7 @@ class Run:
         if self._wishes or self._leaving:  # asked before there was a process: its checkpoints are as they were
             return Ended(outcome=Outcome.STOPPED)
         folder = self._bench.folder(self.job_id)
+        note_begun(folder)
         if self._order.gang is not None and not self._order.leads:
             folder = folder / "nodes" / str(self._order.gang.node)  # where trainers share the jobs' folder
         spec = await asyncio.to_thread(self._bench.prepare, self._order.told, folder)
@@ -117,4 +132,6 @@ class Run:
         return Stored(artifact=artifact, adapter_digest=digest, manifest=read_manifest(folder))
 
     def _tell(self, event: Reported) -> None:
+        if self._span is not None:
+            self._span.take(event)
         self.outbox.add(event)

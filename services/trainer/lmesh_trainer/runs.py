@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from lmesh_trainer.events import Reported
+from lmesh_trainer.metrics import Held
 from lmesh_trainer.orders import Ask, StartOrder
 from lmesh_trainer.outbox import Outbox
 from lmesh_trainer.run import Run
@@ -15,16 +16,16 @@ from lmesh_trainer.sources import Bench
 _log = logging.getLogger(__name__)
 
 
-class _WakingOutbox(Outbox):
-    """Says when there is something to send."""
+class _TellingOutbox(Outbox):
+    """Tells of what there is to send."""
 
-    def __init__(self, most_waiting: int, wake: Callable[[], None]) -> None:
+    def __init__(self, most_waiting: int, tell: Callable[[Reported], None]) -> None:
         super().__init__(most_waiting)
-        self._wake = wake
+        self._tell = tell
 
     def add(self, event: Reported) -> None:
         super().add(event)
-        self._wake()
+        self._tell(event)
 
 
 class Runs:
@@ -36,7 +37,10 @@ class Runs:
         self._runs: dict[str, Run] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # of a job, the latest
         self._leaving = False
+        self._working = 0  # runs that have a slot
         self.on_report: Callable[[], None] = lambda: None
+        self.on_event: Callable[[str, Reported], None] = lambda job_id, event: None
+        self.on_gone: Callable[[str], None] = lambda job_id: None  # a job's process is there no more
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -45,6 +49,15 @@ class Runs:
     def live(self) -> int:
         """Runs that have not ended."""
         return sum(not task.done() for task in self._tasks.values())
+
+    def in_hand(self) -> Held:
+        """All of it, in numbers."""
+        return Held(
+            running=self._working,
+            waiting=self.live - self._working,
+            reports=sum(run.outbox.pending for run in self),
+            left_out=sum(run.outbox.left_out for run in self),
+        )
 
     def held(self) -> dict[str, int]:
         """Leases by job: of what runs, and of what ended and the scheduler has not heard all of."""
@@ -65,18 +78,30 @@ class Runs:
             return
         self._forget(order.job_id)
         _log.info("a job begins", extra=extra)
-        run = Run(order, self._bench, _WakingOutbox(self._most_waiting, lambda: self.on_report()))
+        run = Run(order, self._bench, _TellingOutbox(self._most_waiting, lambda event: self._heard(order, event)))
         self._runs[order.job_id] = run
         earlier = self._tasks.get(order.job_id)
         self._tasks[order.job_id] = asyncio.create_task(self._live(run, earlier))
+
+    def _heard(self, order: StartOrder, event: Reported) -> None:
+        self.on_event(order.job_id, event)
+        self.on_report()
 
     async def _live(self, run: Run, earlier: asyncio.Task[None] | None) -> None:
         try:
             await _gone(earlier)
             async with self._slots:
-                await run.run()
+                await self._work(run)
         finally:
             self.on_report()  # a run that says nothing at its end is no longer held
+
+    async def _work(self, run: Run) -> None:
+        self._working += 1
+        try:
+            await run.run()
+        finally:
+            self._working -= 1
+            self.on_gone(run.job_id)
 
     def ask(self, ask: Ask) -> None:
         """Passes a wish on; one for another lease is of the past."""

@@ -17,6 +17,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from lmesh_trainer.config import TrainerSettings
 from lmesh_trainer.errors import DOMAIN
+from lmesh_trainer.job_folders import JobFolders
+from lmesh_trainer.metrics import TrainerMetrics
 from lmesh_trainer.queries.desk import QueryDesk
 from lmesh_trainer.runs import Runs
 from lmesh_trainer.scheduler_link import Identity, SchedulerLink
@@ -26,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _ANNOUNCE_S = 2.0  # how long the scheduler may take to hear that this trainer leaves
 _REPORT_S = 5.0  # how long it may take to acknowledge the last reports
+_TIDY_S = 3600.0
 _HANG_UP_S = 1.0  # how long it may take to end its side of the link
 
 
@@ -44,6 +47,13 @@ class Trainer:
             hub=settings.hub,
         )
         self.runs = Runs(bench, slots=settings.slots, most_waiting=settings.max_waiting_reports)
+        self._folders = JobFolders(
+            settings.jobs_folder,
+            keep_s=settings.keep_jobs_days * 86_400,
+            keep_completed=settings.keep_completed_jobs,
+        )
+        self._metrics = TrainerMetrics(self.runs.in_hand, registry=registry)
+        self.runs.on_event, self.runs.on_gone = self._metrics.take, self._metrics.forget
         self.desk = QueryDesk(bench, timeout_s=settings.query_timeout_s)
         self.server = GrpcServer(
             settings.address, domain=DOMAIN, reflection=settings.reflection, tls=tls.from_settings(settings)
@@ -88,19 +98,33 @@ class Trainer:
     async def _serve(self, link: SchedulerLink, port: int, shutdown: Shutdown) -> None:
         linked = asyncio.create_task(link.run())
         joined = asyncio.create_task(self._once_joined(link, port))
+        tidying = asyncio.create_task(self._tidy(link))
         try:
             await shutdown.wait()
             await self._leave(link)
             await asyncio.wait({linked}, timeout=_HANG_UP_S)
         finally:
-            joined.cancel()
-            linked.cancel()
-            await asyncio.gather(joined, linked, return_exceptions=True)
+            for task in (joined, linked, tidying):
+                task.cancel()
+            await asyncio.gather(joined, linked, tidying, return_exceptions=True)
 
     async def _once_joined(self, link: SchedulerLink, port: int) -> None:
         await link.joined.wait()
         self.server.set_all_serving(True)
         _log.info("ready", extra={"port": port, "trainer_id": self._settings.trainer_id, "device": self._device})
+
+    async def _tidy(self, link: SchedulerLink) -> None:
+        """Removes old jobs' folders, after the join and then every hour."""
+        await link.joined.wait()
+        while True:
+            try:
+                old = await asyncio.to_thread(self._folders.old)
+                # On the loop: no order comes between the look at what is held and the renaming.
+                self._metrics.removed(self._folders.retire(old, self.runs.held()))
+                await asyncio.to_thread(self._folders.sweep)
+            except OSError as error:
+                _log.warning("jobs' folders cannot be tidied", extra={"detail": str(error)})
+            await asyncio.sleep(_TIDY_S)
 
     async def _leave(self, link: SchedulerLink) -> None:
         """Stops every run with a checkpoint, and says nothing terminal of it: the hello of no other boot holds these

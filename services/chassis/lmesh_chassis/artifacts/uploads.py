@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from pathlib import Path
 
@@ -16,8 +17,11 @@ class Uploads:
     One upload of a digest has one writer at a time; a second one's pieces are refused by their offset.
     """
 
-    def __init__(self, store: FolderStore, *, max_bytes: int, keep_s: float = 24 * 3600.0) -> None:
+    def __init__(
+        self, store: FolderStore, *, max_bytes: int, keep_s: float = 24 * 3600.0, reserve_bytes: int = 0
+    ) -> None:
         self._store, self._max_bytes, self._keep_s = store, max_bytes, keep_s
+        self._reserve_bytes = reserve_bytes  # of the disk, that is left to what the mesh itself writes
 
     def _draft(self, digest: str) -> Path:
         return self._store.drafts / f"upload-{check_digest(digest)}"
@@ -25,7 +29,8 @@ class Uploads:
     def begin(self, digest: str, size: int) -> int:
         """How many bytes are there already: where to go on; `size` when it is whole and nothing is to be sent.
 
-        Raises ArtifactError BAD_UPLOAD for a size that is not allowed, BAD_NAME.
+        Raises ArtifactError BAD_UPLOAD for a size that is not allowed, BAD_NAME, STORE_FULL for one that would not
+        leave the reserve.
         """
         if not 0 < size <= self._max_bytes:
             raise ArtifactError("BAD_UPLOAD", f"size must lie in 1..{self._max_bytes} bytes, not {size}")
@@ -35,7 +40,11 @@ class Uploads:
         there = draft.stat().st_size if draft.exists() else 0
         if there > size:
             draft.unlink(missing_ok=True)
-            return 0
+            there = 0
+        room = shutil.disk_usage(self._store.drafts).free - self._reserve_bytes
+        if self._reserve_bytes and size - there > room:
+            message = f"{size - there} bytes are to come, and the artifact store has room for {max(0, room)}"
+            raise ArtifactError("STORE_FULL", message)
         return there
 
     def append(self, digest: str, offset: int, data: bytes, *, size: int) -> int:
