@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lmesh_kernels import platforms
 from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.lora.sites import sites
-from lmesh_kernels.models.config import ModelConfig, Quantisation, UnsupportedModelError, load_config
+from lmesh_kernels.models.config import ModelConfig, Quantisation, UnsupportedModelError
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.registry import load_model
@@ -37,7 +37,8 @@ from lmesh_trainer.messages import Wish
 from lmesh_trainer.optimiser import AdamW, Optimiser
 from lmesh_trainer.recorders import Recorded, check_recorders
 from lmesh_trainer.spec import JobSpec
-from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
+from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter, whole_modules
+from lmesh_trainer.vocabulary import added_tokens, growth, trained_config
 
 Report = Callable[[events.Event], None]
 
@@ -73,7 +74,7 @@ def check_job(spec: JobSpec, report: Report) -> None:
     check_recorders(spec.report_to)
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
-    config = load_config(files)
+    config = trained_config(spec, files)
     dataset = _dataset(spec, files, config, report)
     _plan(spec, config, dataset, platform, report)
 
@@ -82,12 +83,18 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     folder.mkdir(parents=True, exist_ok=True)
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
-    config = load_config(files)
+    config = trained_config(spec, files)
     dataset = _dataset(spec, files, config, report)
     plan = _plan(spec, config, dataset, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
-    decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=_quantisation(spec, config))
+    decoder = load_model(
+        files,
+        dtype=precision.dtype,
+        device=platform.device,
+        quantisation=_quantisation(spec, config),
+        growth=growth(spec, files),
+    )
     subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
     loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
     resumed = loop.resume()
@@ -110,7 +117,7 @@ def _ranked() -> bool:
 
 def _dataset(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Dataset:
     report(events.PhaseBegun(phase=events.Phase.LOADING_DATASET))
-    tokenizer = load_tokenizer(files)
+    tokenizer = load_tokenizer(files, added_tokens(spec))
     dataset = load_dataset(spec.dataset, tokenizer, context=config.max_position_embeddings, seed=spec.seed)
     counts = dataset.counts
     report(
@@ -156,6 +163,7 @@ def _plan(spec: JobSpec, config: ModelConfig, dataset: Dataset, platform: Platfo
         micro_tokens=spec.micro_tokens,
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
         quantisation=_quantisation(spec, config),
+        modules=_module_count(spec, config) if spec.method == "lora" else 0,
     )
     steps = spec.max_steps or max(1, round(spec.epochs * dataset.steps_per_epoch(spec.batch_size)))
     report(
@@ -175,9 +183,10 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
     shapes = Decoder(config, dtype=torch.float32, device=torch.device("meta"))
     if spec.method == "full":
         return sum(slot.numel() for name, slot in shapes.named_buffers() if name != "rotations")
+    modules = _module_count(spec, config)
     if spec.lora.start:
         adapter = start_adapter(spec, shapes)
-        return sum(
+        return modules + sum(
             f.a.numel() + f.b.numel() + (0 if f.magnitude is None else len(f.magnitude)) for f in adapter.values()
         )
     told = peft_config(spec.lora)
@@ -185,7 +194,11 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
     if not wanted:
         raise JobError("BAD_ADAPTER", f"NO_TARGETS: target_modules {spec.lora.target_modules!r} name no projection")
     extra = 1 if told.dora else 0
-    return sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+    return modules + sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+
+
+def _module_count(spec: JobSpec, config: ModelConfig) -> int:
+    return len(whole_modules(spec, config)) * config.vocab_size * config.hidden_size
 
 
 def _loop(
@@ -256,7 +269,7 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, dataset: Dataset) -> str:
 def _publish(
     spec: JobSpec, folder: Path, files: ModelFiles, dataset: Dataset, subject: Subject, loop: Loop, report: Report
 ) -> None:
-    target = folder / ("adapter" if spec.method == "lora" else "model")
+    target = folder / ("adapter" if spec.makes_adapter else "model")
     if target.exists():  # of an attempt that died after this point
         shutil.rmtree(target)
     try:

@@ -47,11 +47,12 @@ def plan_training(
     micro_tokens: int = 0,
     recompute: Recompute | None = None,
     quantisation: Quantisation = "none",
+    modules: int = 0,
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
     `trained` numbers are trained; `frozen` says whether they come on top of the model; `longest` row in tokens, which
-    a microbatch must hold. Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
+    a microbatch must hold; `modules` of the trained numbers are the model's own all the same. Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
     """
     wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
     sizes = [wanted] if micro_tokens else sorted({wanted, max(longest, wanted // 2), longest}, reverse=True)
@@ -60,7 +61,7 @@ def plan_training(
         policies.append(Recompute.FULL)
     for policy in policies:
         for size in sizes:
-            lines = _lines(config, precision, trained, frozen, size, policy, quantisation)
+            lines = _lines(config, precision, trained, frozen, size, policy, quantisation, modules)
             plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
             if plan.total <= _SHARE * free:
                 return plan
@@ -82,9 +83,10 @@ def _lines(
     tokens: int,
     policy: Recompute,
     quantisation: Quantisation,
+    modules: int,
 ) -> dict[str, int]:
     size = precision.dtype.itemsize
-    values = trained * size if frozen else 0
+    values = (trained - modules) * size if frozen else 0
     masters = trained * 4 if precision is Precision.BF16 else 0
     moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
     return {
@@ -95,7 +97,7 @@ def _lines(
         "optimiser": moments,
         "kept activations": tokens * kept_bytes(config, precision.dtype, policy),
         "a layer at work": tokens * _working_bytes(config, precision.dtype),
-        "head and loss": 2 * CHUNK_BYTES + (0 if frozen else config.vocab_size * config.hidden_size * 4),
+        "head and loss": 2 * CHUNK_BYTES + (0 if frozen and not modules else config.vocab_size * config.hidden_size * 4),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,18 @@ from lmesh_kernels.lora.peft_config import AdapterFilesError, PeftConfig
 from lmesh_kernels.lora.peft_files import read_adapter, write_adapter
 from lmesh_kernels.lora.sites import Site, sites
 from lmesh_kernels.lora.trainable import TrainableAdapter
+from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Parameters, Precision
 from lmesh_kernels.models.training import TrainingPass
-from lmesh_kernels.models.weights import bindings
-from lmesh_kernels.text.digests import file_digest
+from lmesh_kernels.text.added_tokens import AddedTokens
 from lmesh_kernels.text.resolve import ModelFiles
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmesh_trainer.errors import JobError
+from lmesh_trainer.export.merged import write_model
 from lmesh_trainer.spec import JobSpec, LoraSpec
+from lmesh_trainer.vocabulary import added_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,10 +54,17 @@ def peft_config(spec: LoraSpec) -> PeftConfig:
 def make_subject(
     spec: JobSpec, decoder: Decoder, files: ModelFiles, *, precision: Precision, recompute: Recompute
 ) -> Subject:
-    """Raises JobError BAD_ADAPTER or NOT_SUPPORTED."""
+    """`decoder` has the vocabulary that is trained. Raises JobError BAD_ADAPTER."""
     if spec.method == "full":
-        return _full(spec, decoder, files, precision, recompute)
-    return _lora(spec, decoder, precision, recompute)
+        return _full(decoder, files, added_tokens(spec), precision, recompute)
+    return _lora(spec, decoder, files, precision, recompute)
+
+
+def whole_modules(spec: JobSpec, config: ModelConfig) -> tuple[str, ...]:
+    """Slots of the decoder that are trained beside an adapter. Of a tied model both names mean the one matrix."""
+    head = "embedding.weight" if config.tie_word_embeddings else "head.weight"
+    slots = {"embed_tokens": "embedding.weight", "lm_head": head}
+    return tuple(sorted({slots[name] for name in spec.modules_to_save}))
 
 
 def start_adapter(spec: JobSpec, decoder: Decoder) -> Adapter:
@@ -76,24 +83,27 @@ def _rows(decoder: Decoder, site: Site) -> Tensor:
     return decoder.product(shape.slot).matrix()[shape.start : shape.start + shape.outputs]
 
 
-def _lora(spec: JobSpec, decoder: Decoder, precision: Precision, recompute: Recompute) -> Subject:
+def _lora(spec: JobSpec, decoder: Decoder, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
+    modules = {slot: decoder.get_buffer(slot) for slot in whole_modules(spec, decoder.config)}
     adapter = TrainableAdapter(
-        start_adapter(spec, decoder), decoder.config, precision=precision, device=decoder.arena.device
+        start_adapter(spec, decoder), decoder.config, precision=precision, device=decoder.arena.device, beside=modules
     )
 
     def publish(folder: Path) -> str:
         found = adapter.adapter()
+        if modules:
+            return write_model(folder, decoder, found, files=files, added=added_tokens(spec))
         write_adapter(folder, found, base=spec.model)
         return content_digest(found)
 
-    training = TrainingPass(decoder, adapters=adapter.products, recompute=recompute)
+    trained = {slot: adapter.parameters[slot].trained for slot in modules}
+    training = TrainingPass(decoder, trained=trained, adapters=adapter.products, recompute=recompute)
     return Subject(parameters=adapter.parameters, training=training, publish=publish)
 
 
-def _full(spec: JobSpec, decoder: Decoder, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
-    if files.format == "gguf":
-        hint = "full fine-tuning of a GGUF file cannot be published yet: take a model in safetensors, or method lora"
-        raise JobError("NOT_SUPPORTED", hint)
+def _full(
+    decoder: Decoder, files: ModelFiles, added: AddedTokens, precision: Precision, recompute: Recompute
+) -> Subject:
     slots = {name: slot for name, slot in decoder.named_buffers() if name != "rotations"}
     parameters = Parameters(slots, precision)
     trained = {parameter.name: parameter.trained for parameter in parameters}
@@ -101,23 +111,5 @@ def _full(spec: JobSpec, decoder: Decoder, files: ModelFiles, precision: Precisi
     return Subject(
         parameters=parameters,
         training=training,
-        publish=lambda folder: _write_model(folder, decoder, parameters, files),
+        publish=lambda folder: write_model(folder, decoder, {}, files=files, added=added),
     )
-
-
-def _write_model(folder: Path, decoder: Decoder, parameters: Parameters, files: ModelFiles) -> str:
-    """A model folder as the base's, with the trained weights in the dtype of the pass."""
-    draft = folder.with_name(f".{folder.name}-draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    tensors = {
-        name: parameters[place.slot].trained.value[place.start : place.start + place.rows].detach().cpu().contiguous()
-        for name, place in bindings(decoder.config).items()
-        if not place.duplicate and place.slot in parameters
-    }
-    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-    for path in files.path.iterdir():
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in path.name:
-            shutil.copyfile(path, draft / path.name)
-    draft.replace(folder)
-    return file_digest(folder / "model.safetensors")
