@@ -16,6 +16,7 @@ from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.text.digests import model_digest
+from lmesh_kernels.text.gguf_metadata import read_metadata
 from lmesh_kernels.text.resolve import ModelFiles, local_files
 from lmesh_kernels.text.tokenizer import load_tokenizer
 from lmesh_trainer import events
@@ -149,6 +150,37 @@ def assert_same_text(ids: list[int], files: ModelFiles, written: ModelFiles) -> 
     assert after.encode(TEXT, add_special_tokens=False) == ids
     assert (after.chat_template, after.eos_ids) == (before.chat_template, before.eos_ids)
     assert after.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_gguf_file_s_beginning_of_text(
+    bases: dict[str, Path], dataset: Path, tmp_path: Path, adds_bos: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["plain"], base)
+    told = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(told | {"add_bos_token": adds_bos}))
+    export(local_files(base), {}, tmp_path / "base.gguf", ExportKind.GGUF_F16)
+    files = local_files(tmp_path / "base.gguf")
+    subject_of(spec(base, dataset, method="full", **NEW), files).publish(tmp_path / "model")
+    ids = load_tokenizer(files, added_tokens(spec(base, dataset, **NEW))).encode(TEXT, add_special_tokens=True)
+    assert (ids[0] == 256) is adds_bos
+    assert load_tokenizer(local_files(tmp_path / "model")).encode(TEXT, add_special_tokens=True) == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(TEXT)["input_ids"] == ids
+
+
+def test_spare_rows_in_a_gguf_file(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+    """A checkpoint with room for tokens that it does not have; llama.cpp wants a token for each row."""
+    spare = Family("spare", "llama", {**SHAPE, "vocab_size": 272})
+    files = local_files(with_tokenizer(save_family(spare, tmp_path / "base")))
+    told = spec(files.path, dataset, **NEW)
+    assert trained_config(told, files).vocab_size == 272
+    subject_of(told, files).publish(tmp_path / "model")
+    export(local_files(tmp_path / "model"), {}, tmp_path / "out.gguf", ExportKind.GGUF_F16)
+    metadata = read_metadata(tmp_path / "out.gguf")
+    assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.token_type"]) == 272
+    wanted = load_tokenizer(local_files(tmp_path / "model")).encode(TEXT, add_special_tokens=False)
+    assert load_tokenizer(local_files(tmp_path / "out.gguf")).encode(TEXT, add_special_tokens=False) == wanted
 
 
 def test_other_lists_of_tokens_have_them_too(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:

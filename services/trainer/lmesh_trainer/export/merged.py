@@ -18,6 +18,7 @@ from lmesh_kernels.text.digests import model_digest
 from lmesh_kernels.text.resolve import ModelFiles, local_files
 from lmesh_kernels.text.tokenizer import load_tokenizer, raw_tokenizer
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from lmesh_trainer.errors import JobError
@@ -119,9 +120,14 @@ def _describe_gguf(folder: Path, files: ModelFiles, config: ModelConfig, dtype: 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     _write_json(folder / "config.json", _config(config) | ids | {"dtype": dtype})
     _write_json(folder / "generation_config.json", ids)
-    raw_tokenizer(files, added).save(str(folder / "tokenizer.json"))
+    raw = raw_tokenizer(files, added)
+    if adds_bos := tokenizer.encode("a", add_special_tokens=True)[0] == tokenizer.bos_id:
+        # transformers does it by the file alone, whatever the config says.
+        bos = tokenizer.special_tokens["bos_token"]
+        raw.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+    raw.save(str(folder / "tokenizer.json"))
     told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    told |= {"add_bos_token": False, "model_max_length": config.max_position_embeddings}
+    told |= {"add_bos_token": adds_bos, "model_max_length": config.max_position_embeddings}
     _write_json(folder / "tokenizer_config.json", told)
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
