@@ -1,4 +1,4 @@
-"""The whole way of what `lmesh train` makes in a running mesh: an adapter served, listed, exported, deleted; a model."""
+"""The whole way of what `lmesh train` makes in a running mesh: an adapter served, exported, deleted; a model."""
 
 from __future__ import annotations
 

@@ -120,9 +120,7 @@ def logprobs(logits: Tensor, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_is_made_is_what_was_trained(
-    case: Case, bases: dict[str, Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_what_is_made_is_what_was_trained(case: Case, bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     files = local_files(bases[case.base])
     told = spec(bases[case.base], dataset, **case.options)
     subject = subject_of(told, files)
@@ -153,9 +151,7 @@ def assert_same_text(ids: list[int], files: ModelFiles, written: ModelFiles) -> 
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_gguf_file_s_beginning_of_text(
-    bases: dict[str, Path], dataset: Path, tmp_path: Path, adds_bos: bool
-) -> None:
+def test_a_gguf_file_s_beginning_of_text(bases: dict[str, Path], dataset: Path, tmp_path: Path, adds_bos: bool) -> None:
     base = tmp_path / "base"
     shutil.copytree(bases["plain"], base)
     told = json.loads((base / "tokenizer_config.json").read_text())

@@ -51,8 +51,9 @@ def plan_training(
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
-    `trained` numbers are trained; `frozen` says whether they come on top of the model; `longest` row in tokens, which
-    a microbatch must hold; `modules` of the trained numbers are the model's own all the same. Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
+    `trained` numbers are trained; `frozen` says whether they come on top of the model, but for `modules` of them, which
+    are its own; `longest` row in tokens, which a microbatch must hold.
+    Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
     """
     wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
     sizes = [wanted] if micro_tokens else sorted({wanted, max(longest, wanted // 2), longest}, reverse=True)
@@ -88,6 +89,7 @@ def _lines(
     size = precision.dtype.itemsize
     values = (trained - modules) * size if frozen else 0
     masters = trained * 4 if precision is Precision.BF16 else 0
+    vocabulary = 0 if frozen and not modules else config.vocab_size * config.hidden_size
     moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
     return {
         "weights": parameter_bytes(config, precision.dtype, quantisation),
@@ -97,7 +99,7 @@ def _lines(
         "optimiser": moments,
         "kept activations": tokens * kept_bytes(config, precision.dtype, policy),
         "a layer at work": tokens * _working_bytes(config, precision.dtype),
-        "head and loss": 2 * CHUNK_BYTES + (0 if frozen and not modules else config.vocab_size * config.hidden_size * 4),
+        "head and loss": 2 * CHUNK_BYTES + vocabulary * 4,
     }
 
 

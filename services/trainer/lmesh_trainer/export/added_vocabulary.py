@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lmesh_kernels.text.added_tokens import AddedTokens
+from lmesh_kernels.text.added_tokens import AddedTokens, add_tokens
 from lmesh_kernels.text.resolve import ModelFiles
 from lmesh_kernels.text.tokenizer import raw_tokenizer
 
 
 def write_added(folder: Path, files: ModelFiles, added: AddedTokens) -> None:
     """Puts them into a folder that has the base's tokenizer files."""
-    tokenizer = raw_tokenizer(files, added)
+    tokenizer = raw_tokenizer(files)
+    ids = dict(zip(added.all, add_tokens(tokenizer, added), strict=True))
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {text: tokenizer.token_to_id(text) for text in added.all}
     _in_config(folder / "tokenizer_config.json", ids, added)
     listed = folder / "added_tokens.json"
     if listed.is_file():
