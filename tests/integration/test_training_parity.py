@@ -195,8 +195,9 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path) -> None:
-    job = spec(model, dataset, optimiser=OptimiserSpec(learning_rate=1e-3, **COURSE))
+@pytest.mark.parametrize("added", [(), ("surely",)], ids=["adapter", "added tokens"])
+def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path, added: tuple[str, ...]) -> None:
+    job = spec(model, dataset, optimiser=OptimiserSpec(learning_rate=1e-3, **COURSE), add_tokens=added)
     alone = run(job, tmp_path / "alone")
     (tmp_path / "spec.json").write_bytes(msgspec.json.encode(job))
     (tmp_path / "rank.py").write_text(RANK)
@@ -209,7 +210,8 @@ def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path) 
     for rank in (0, 1):
         losses = json.loads((tmp_path / f"losses.{rank}").read_text())
         assert losses == pytest.approx(alone.losses, abs=1e-4)
-    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("alone", "both"))
+    made = Path("model/model.safetensors") if added else Path("adapter/adapter_model.safetensors")
+    one, two = (tmp_path / name / made for name in ("alone", "both"))
     tensors, others = load_file(one), load_file(two)
     for name, tensor in tensors.items():
         assert torch.allclose(tensor, others[name], atol=1e-4), name
