@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 import pytest
 import torch
@@ -204,8 +205,6 @@ def test_a_new_version_under_load(client: TrainingClient, adapters: dict[str, pb
 
 
 def test_the_models_list_has_adapters(mesh: Mesh, client: TrainingClient, adapters: dict[str, pb.Adapter]) -> None:
-    import httpx
-
     listed = {model["id"]: model for model in httpx.get(f"{mesh.url}/v1/models", timeout=10).json()["data"]}
     assert {MODEL, *(f"{MODEL}:{name}" for name in adapters)} <= set(listed)
     body = {"model": f"{MODEL}:one", "prompt": "hello", "max_tokens": 4, "temperature": 0}
@@ -306,6 +305,39 @@ def test_what_is_wrong_is_said_before_anything_runs(client: TrainingClient, data
     for wanted in (pb.JobSpec(model=MODEL), path):
         create = lambda w=wanted: client.create(w)  # noqa: E731
         assert refused(create) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+
+
+def test_a_model_with_added_tokens_is_served(mesh: Mesh, client: TrainingClient, dataset: str, tmp_path: Path) -> None:
+    """Tokens that the base does not have: shown, trained, exported, served by another mesh as they were trained."""
+    wanted = spec(dataset, add_tokens=["surely"], add_special_tokens=["please"])
+    shown = client.training.ValidateJob(pb.ValidateJobRequest(spec=wanted), timeout=120).dataset.preview[0].tokens
+    assert [(token.id, token.text, token.trained) for token in shown if token.id > 257] == [(258, "surely", True)]
+    named = lambda: client.create(wanted, "adapter")  # noqa: E731
+    assert refused(named) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+    job = client.ended(client.create(wanted))
+    assert job.state == pb.JOB_STATE_COMPLETED and job.artifact and not job.adapter_digest, job.message
+    as_adapter = lambda: client.training.PublishAdapter(  # noqa: E731
+        pb.PublishAdapterRequest(name="none", job_id=job.job_id), timeout=60
+    )
+    assert refused(as_adapter) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE")
+    made = local_files(folder_of(client, job.artifact, tmp_path / "made"))
+    trained = TrainingPass(load_model(made, dtype=torch.float32, device=CPU))
+    out = tmp_path / "out"
+    told = mesh.cli("export", "--job", job.job_id, "--format", "merged", "--dtype", "float32", "--out", str(out))
+    assert told.returncode == 0, told.stderr
+    with running_mesh(tmp_path / "run", "--model", f"grown={out}", LMESH_WORKER_THREADS="1") as other:
+        theirs = TrainingClient(other.target)
+        for key in range(4):
+            ids = [258, *prompt(key, 50), 259, 258]
+            served = theirs.generate("grown", ids, 32, scored=True)
+            whole = ids + served.ids
+            batch = pack_batch([Segment(row=0, ids=whole, weights=[1.0] * len(whole))], CPU)
+            found = trained.logprobs(batch)[:-1]
+            assert float((found - torch.tensor(served.logprobs)).abs().max()) < 1e-4
+        theirs.close()
+        body = {"model": "grown", "prompt": "please, surely", "max_tokens": 2, "temperature": 0}
+        answer = httpx.post(f"{other.url}/v1/completions", json=body, timeout=30).json()
+        assert answer["usage"]["prompt_tokens"] == 4  # two letters between two added tokens
 
 
 def test_a_deleted_adapter_is_gone(client: TrainingClient, adapters: dict[str, pb.Adapter]) -> None:

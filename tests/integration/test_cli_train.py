@@ -91,6 +91,18 @@ class TestTrain:
         assert "published: small:mine@3" in done.out
         assert 'lmesh chat small:mine -m "..."' in done.out
 
+    @pytest.mark.parametrize(
+        ("digest", "said"), [("", "lmesh up --model NAME=FOLDER"), ("d", "lmesh adapters publish")]
+    )
+    def test_what_to_do_with_what_it_made(self, mesh, lmesh: Lmesh, job: Path, digest: str, said: str) -> None:
+        made = training_pb2.Made(artifact="a", adapter_digest=digest)
+        mesh[1].script.insert(-1, training_pb2.JobEvent(made=made))
+        job.write_text("{model: small, add_tokens: [<tide>], dataset: {source: rows.jsonl}}")
+        done = lmesh("train", "-c", job, "--job-id", "j1")
+        assert done.status == 0 and said in done.out, done.out
+        assert ("--job j1 --format merged --out FOLDER" in done.out) is (not digest)
+        assert mesh[1].jobs["j1"].spec.add_tokens == ["<tide>"]
+
     def test_dry_run_ends_before_the_job(self, mesh, lmesh: Lmesh, job: Path) -> None:
         done = lmesh("train", "-c", job, "--dry-run")
         assert (done.status, mesh[1].jobs) == (0, {})

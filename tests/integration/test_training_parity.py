@@ -17,11 +17,14 @@ from lmesh_kernels.text.resolve import resolve
 from lmesh_kernels.text.tokenizer import load_tokenizer
 from lmesh_trainer.data.dataset import load_dataset
 from lmesh_trainer.spec import DatasetSpec, JobSpec, LoraSpec, OptimiserSpec
+from lmesh_trainer.vocabulary import added_tokens
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, Trainer, get_cosine_schedule_with_warmup
 
-from tests.training_jobs import run, save_dataset, save_model, spec
+from tests.kernels.tiny_families import Family, save_family
+from tests.tiny_model import byte_tokenizer
+from tests.training_jobs import TEMPLATE, run, save_dataset, save_model, spec
 
 STEPS = 30
 COURSE = {"lr_scheduler_type": "cosine", "warmup_steps": 4, "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -38,11 +41,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peer_losses(peer: nn.Module, job: JobSpec) -> list[float]:
-    """transformers' model over the same rows in the same order: padded, 4 microbatches an update, torch's AdamW."""
-    tokenizer = load_tokenizer(resolve(job.model))
+    """transformers' model over the same rows in the same order: padded, 4 microbatches an update, torch's AdamW with
+    the groups that transformers' Trainer makes.
+    """
+    tokenizer = load_tokenizer(resolve(job.model), added_tokens(job))
     rows = load_dataset(job.dataset, tokenizer, context=512, seed=job.seed)
-    decayed = [p for p in peer.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in peer.parameters() if p.requires_grad and p.dim() == 1]
+    decaying = set(Trainer.get_decay_parameter_names(None, peer))
+    named = {name: p for name, p in peer.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in named.items() if name in decaying]
+    others = [p for name, p in named.items() if name not in decaying]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     told = job.optimiser
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=told.learning_rate, eps=told.adam_epsilon)
@@ -78,16 +85,75 @@ def load_peer(model: Path) -> nn.Module:
     return peer
 
 
-def test_an_adapter_learns_as_with_peft(model: Path, dataset: Path, tmp_path: Path) -> None:
+def beside_peft(
+    model: Path, dataset: Path, tmp_path: Path, base: nn.Module, *, modules_to_save: tuple[str, ...] = ()
+) -> tuple[JobSpec, nn.Module]:
+    """A job, and PEFT's model with the same factors around `base`."""
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     torch.manual_seed(0)
-    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    peer = peft.get_peft_model(load_peer(model), settings)
-    peer.save_pretrained(tmp_path / "start")
+    start = peft.get_peft_model(load_peer(model), peft.LoraConfig(**settings))
+    start.save_pretrained(tmp_path / "start")
+    peer = peft.get_peft_model(base, peft.LoraConfig(**settings, modules_to_save=list(modules_to_save) or None))
+    factors = {name: tensor for name, tensor in start.state_dict().items() if "lora_" in name}
+    assert not peer.load_state_dict(factors, strict=False).unexpected_keys
     told = OptimiserSpec(learning_rate=2e-4, **COURSE)
-    job = spec(model, dataset, lora=LoraSpec(start=str(tmp_path / "start")), optimiser=told, max_steps=STEPS)
+    lora = LoraSpec(start=str(tmp_path / "start"), modules_to_save=modules_to_save)
+    return spec(model, dataset, lora=lora, optimiser=told, max_steps=STEPS), peer
+
+
+def test_an_adapter_learns_as_with_peft(model: Path, dataset: Path, tmp_path: Path) -> None:
+    job, peer = beside_peft(model, dataset, tmp_path, load_peer(model))
     wanted, found = peer_losses(peer, job), run(job, tmp_path / "job").losses
     assert found == pytest.approx(wanted, abs=1e-3)
     assert len(found) == STEPS and found[-1] < found[0]
+
+
+@pytest.mark.parametrize("named", [("embed_tokens",), ("embed_tokens", "lm_head")])
+def test_whole_modules_learn_as_with_peft(model: Path, dataset: Path, tmp_path: Path, named: tuple[str, ...]) -> None:
+    job, peer = beside_peft(model, dataset, tmp_path, load_peer(model), modules_to_save=named)
+    wanted, found = peer_losses(peer, job), run(job, tmp_path / "job").losses
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert len(found) == STEPS and found[-1] < found[0]
+
+
+def test_added_tokens_learn_as_with_peft(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """transformers' model resized, its new rows the mean of the others."""
+    base = load_peer(model)
+    base.resize_token_embeddings(260, mean_resizing=False)
+    with torch.no_grad():
+        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            module.weight[258:] = module.weight[:258].mean(0)
+    both = ("embed_tokens", "lm_head")
+    job, peer = beside_peft(model, dataset, tmp_path, base, modules_to_save=both)
+    added = msgspec.structs.replace(job, add_tokens=("surely",), add_special_tokens=("please",))
+    plain = run(job, tmp_path / "plain").losses
+    wanted, found = peer_losses(peer, added), run(added, tmp_path / "job").losses
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert len(found) == STEPS and found[-1] < found[0] and found[0] != pytest.approx(plain[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_biases_stay_frozen_or_learn_undecayed(dataset: Path, tmp_path: Path, method: str) -> None:
+    """Qwen 2 has biases on q, k and v, inside the fused product: an adapter leaves them, a whole model trains them."""
+    shape = {"vocab_size": 258, "max_position_embeddings": 512}
+    model = save_family(Family("qwen2", "qwen2", shape), tmp_path / "base")
+    byte_tokenizer().save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE}))
+    if method == "lora":
+        job, peer = beside_peft(model, dataset, tmp_path, load_peer(model))
+    else:
+        told = OptimiserSpec(learning_rate=1e-3, **COURSE)  # enough for the decay to show
+        job, peer = spec(model, dataset, method="full", optimiser=told, max_steps=STEPS), load_peer(model)
+    wanted, found = peer_losses(peer, job), run(job, tmp_path / "job").losses
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert len(found) == STEPS and found[-1] < found[0]
+    before = load_file(model / "model.safetensors")
+    if method == "full":
+        after = load_file(tmp_path / "job" / "model" / "model.safetensors")
+        theirs = dict(peer.named_parameters())
+        for name in [name for name in before if name.endswith(("bias", "norm.weight"))]:
+            assert not torch.equal(after[name], before[name])
+            assert torch.allclose(after[name], theirs[name], atol=2e-4), name
 
 
 def test_a_whole_model_learns_as_with_transformers(model: Path, dataset: Path, tmp_path: Path) -> None:
@@ -129,8 +195,9 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path) -> None:
-    job = spec(model, dataset, optimiser=OptimiserSpec(learning_rate=1e-3, **COURSE))
+@pytest.mark.parametrize("added", [(), ("surely",)], ids=["adapter", "added tokens"])
+def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path, added: tuple[str, ...]) -> None:
+    job = spec(model, dataset, optimiser=OptimiserSpec(learning_rate=1e-3, **COURSE), add_tokens=added)
     alone = run(job, tmp_path / "alone")
     (tmp_path / "spec.json").write_bytes(msgspec.json.encode(job))
     (tmp_path / "rank.py").write_text(RANK)
@@ -143,7 +210,8 @@ def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path) 
     for rank in (0, 1):
         losses = json.loads((tmp_path / f"losses.{rank}").read_text())
         assert losses == pytest.approx(alone.losses, abs=1e-4)
-    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("alone", "both"))
+    made = Path("model/model.safetensors") if added else Path("adapter/adapter_model.safetensors")
+    one, two = (tmp_path / name / made for name in ("alone", "both"))
     tensors, others = load_file(one), load_file(two)
     for name, tensor in tensors.items():
         assert torch.allclose(tensor, others[name], atol=1e-4), name

@@ -85,8 +85,15 @@ class Ours:
         return float(sums.loss)
 
 
-def load(folder: Path, adapter: Path | None = None, recompute: Recompute = Recompute.NONE, **options: Any) -> Ours:
-    """LoRA where there is an adapter, all slots of the base otherwise."""
+def load(
+    folder: Path,
+    adapter: Path | None = None,
+    recompute: Recompute = Recompute.NONE,
+    *,
+    beside: tuple[str, ...] = (),
+    **options: Any,
+) -> Ours:
+    """LoRA where there is an adapter, with slots trained beside it; all slots of the base otherwise."""
     decoder = load_model(resolve(str(folder)), dtype=torch.float32, device=CPU)
     if adapter is None:
         slots = {name: slot for name, slot in decoder.named_buffers() if name != "rotations"}
@@ -94,6 +101,8 @@ def load(folder: Path, adapter: Path | None = None, recompute: Recompute = Recom
         trained: dict[str, Trained] = {p.name: p.trained for p in parameters}
         return Ours(decoder, TrainingPass(decoder, trained=trained, recompute=recompute, **options), None, parameters)
     factors = read_adapter(adapter, decoder.config)
-    trainable = TrainableAdapter(factors, decoder.config, precision=Precision.FLOAT32, device=CPU)
-    training = TrainingPass(decoder, adapters=trainable.products, recompute=recompute, **options)
+    slots = {name: decoder.get_buffer(name) for name in beside}
+    trainable = TrainableAdapter(factors, decoder.config, precision=Precision.FLOAT32, device=CPU, beside=slots)
+    trained = {name: trainable.parameters[name].trained for name in beside}
+    training = TrainingPass(decoder, trained=trained, adapters=trainable.products, recompute=recompute, **options)
     return Ours(decoder, training, trainable, trainable.parameters)

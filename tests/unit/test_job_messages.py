@@ -51,8 +51,11 @@ EVERY: dict[str, Any] = {
         "alpha_pattern": {"v_proj": 2.5},
         "use_rslora": True,
         "use_dora": True,
+        "modules_to_save": ["lm_head"],
         "start": "artifact:y",
     },
+    "add_tokens": ["<place>", "<tide>"],
+    "add_special_tokens": ["<|lamp|>"],
     "optimiser": {
         "optim": "adamw_8bit",
         "learning_rate": 1e-3,

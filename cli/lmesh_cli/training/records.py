@@ -119,6 +119,7 @@ class Made:
     """What the job made is stored."""
 
     artifact: str
+    adapter_digest: str  # empty of a whole model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

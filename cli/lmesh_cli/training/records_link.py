@@ -66,7 +66,7 @@ def event(message: training_pb2.JobEvent) -> records.Event | None:
         case "checkpoint":
             return records.Checkpoint(step=message.checkpoint)
         case "made":
-            return records.Made(artifact=message.made.artifact)
+            return records.Made(artifact=message.made.artifact, adapter_digest=message.made.adapter_digest)
         case "published":
             return records.Published(adapter=adapter(message.published))
         case _:

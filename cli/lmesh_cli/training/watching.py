@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lmesh_cli.mesh_link import MeshError
 from lmesh_cli.training.progress import display
-from lmesh_cli.training.records import Adapter, JobState, Published, StateChanged
+from lmesh_cli.training.records import Adapter, JobState, Made, Published, StateChanged
 from lmesh_cli.training.training_link import TrainingLink
 
 DETACHED_STATUS = 130  # as a shell has it for Ctrl-C
@@ -19,6 +19,7 @@ class Ending:
     """How it came out."""
 
     last: StateChanged | None = None
+    made: Made | None = None
     published: Adapter | None = None
 
 
@@ -30,6 +31,8 @@ def watch(link: TrainingLink, job_id: str, out: Console) -> int:
             shown.show(event)
             if isinstance(event, StateChanged):
                 ending.last = event
+            elif isinstance(event, Made):
+                ending.made = event
             elif isinstance(event, Published):
                 ending.published = event.adapter
     except KeyboardInterrupt:
@@ -50,18 +53,21 @@ def _conclude(job_id: str, ending: Ending, out: Console) -> int:
     last = ending.last
     state = JobState.UNKNOWN if last is None else last.state
     if state is JobState.COMPLETED:
-        _say_what_next(job_id, ending.published, out)
+        _say_what_next(job_id, ending, out)
     else:
         out.print(f"go on with it: lmesh jobs resume {job_id}", highlight=False)
     return 0 if state.well else 1
 
 
-def _say_what_next(job_id: str, published: Adapter | None, out: Console) -> None:
-    lines = [f"files of it: lmesh export --job {job_id} --out FOLDER"]
-    if published is None:
-        lines.insert(0, f"serve it: lmesh adapters publish NAME --job {job_id}")
+def _say_what_next(job_id: str, ending: Ending, out: Console) -> None:
+    export, published = f"files of it: lmesh export --job {job_id}", ending.published
+    if ending.made is not None and not ending.made.adapter_digest:
+        lines = [f"{export} --format merged --out FOLDER", "serve it: lmesh up --model NAME=FOLDER"]
+    elif published is None:
+        lines = [f"serve it: lmesh adapters publish NAME --job {job_id}", f"{export} --out FOLDER"]
     else:
-        lines.insert(0, f'talk to it: lmesh chat {published.model}:{published.name} -m "..."')
+        talk = f'talk to it: lmesh chat {published.model}:{published.name} -m "..."'
+        lines = [talk, f"{export} --out FOLDER"]
     for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 

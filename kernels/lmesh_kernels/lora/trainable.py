@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,8 +21,19 @@ class TrainableAdapter:
     The a of the sites of one fused product lie one under the other in one parameter.
     """
 
-    def __init__(self, adapter: Adapter, model: ModelConfig, *, precision: Precision, device: torch.device) -> None:
-        """Begins from `adapter`'s values. ValueError for sites that the model does not have."""
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: ModelConfig,
+        *,
+        precision: Precision,
+        device: torch.device,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Begins from `adapter`'s values. ValueError for sites that the model does not have.
+
+        `beside`: slots of the decoder that are trained with it, by name; they become parameters as they are.
+        """
         known = sites(model)
         if strange := [site.theirs for site in adapter if site not in known]:
             raise ValueError(f"sites that the model does not have: {strange[:3]}")
@@ -38,7 +49,7 @@ class TrainableAdapter:
             values |= {f"{site.theirs}.b": adapter[site].b for site in members}
             values |= {f"{s.theirs}.magnitude": m for s in members if (m := adapter[s].magnitude) is not None}
         moved = {name: t.detach().to(device, precision.dtype, copy=True) for name, t in values.items()}
-        self.parameters = Parameters(moved, precision)
+        self.parameters = Parameters(moved | dict(beside or {}), precision)
         self.products = {slot: self._low_rank(slot) for slot in self._products}
 
     def _low_rank(self, slot: str) -> LowRank:

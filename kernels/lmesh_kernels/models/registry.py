@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmesh_kernels.models.config import ModelConfig, Quantisation, load_config
 from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.growth import Growth, grown_tensors
 from lmesh_kernels.models.weights import bind, read_safetensors
 from lmesh_kernels.quant.nf4 import Nf4Tensor
 
@@ -20,17 +21,26 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    files: ModelFiles, *, dtype: torch.dtype, device: torch.device, quantisation: Quantisation | None = None
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: Quantisation | None = None,
+    growth: Growth | None = None,
 ) -> Decoder:
     """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, tensor by tensor.
 
-    `quantisation` of the layers' products; None takes the checkpoint's own.
+    `quantisation` of the layers' products; None takes the checkpoint's own. `growth` gives it a larger vocabulary.
     Raises UnsupportedModelError for what is not computed here and WeightsError for a checkpoint that does not fit.
     """
     config = load_config(files)
     chosen = config.quantisation if quantisation is None else quantisation
+    tensors = read_tensors(files, config)
+    if growth is not None:
+        config = growth.config(config)
+        tensors = grown_tensors(tensors, growth, config.vocab_size)
     decoder = Decoder(config, dtype=dtype, device=device, quantisation=chosen).eval()
-    bind(decoder, read_tensors(files, config))
+    bind(decoder, tensors)
     return decoder
 
 

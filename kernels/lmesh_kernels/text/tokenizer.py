@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lmesh_kernels.text.added_tokens import NO_TOKENS, AddedTokens, add_tokens
 from lmesh_kernels.text.byte_rules import ByteRule, byte_rule, strip_start
 from lmesh_kernels.text.gguf_metadata import read_metadata
 from lmesh_kernels.text.gguf_tokenizer import build_tokenizer
@@ -92,20 +93,37 @@ class TextTokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
 
-def load_tokenizer(files: ModelFiles) -> TextTokenizer:
-    """The tokenizer of a model's files.
+def load_tokenizer(files: ModelFiles, added: AddedTokens = NO_TOKENS) -> TextTokenizer:
+    """The tokenizer of a model's files, with what is added to its vocabulary.
 
-    Raises ModelNotFoundError where there is none, UnsupportedTokenizerError for a GGUF kind that is not built.
+    Raises ModelNotFoundError where there is none, UnsupportedTokenizerError for a GGUF kind that is not built, and
+    AddedTokenError.
     """
-    return _from_gguf(files.path) if files.format == "gguf" else _from_folder(files.path)
+    tokenizer = raw_tokenizer(files, added)
+    return _from_gguf(files.path, tokenizer) if files.format == "gguf" else _from_folder(files.path, tokenizer)
 
 
-def _from_gguf(path: Path) -> TextTokenizer:
+def raw_tokenizer(files: ModelFiles, added: AddedTokens = NO_TOKENS) -> Tokenizer:
+    """The library's tokenizer alone, which `save` writes as a tokenizer.json. Raises as `load_tokenizer` does."""
+    tokenizer = build_tokenizer(read_metadata(files.path)) if files.format == "gguf" else _read_folder(files.path)
+    if added:
+        add_tokens(tokenizer, added)
+    return tokenizer
+
+
+def _read_folder(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelNotFoundError(f"{folder} has no tokenizer.json; save the tokenizer as a fast one")
+    return Tokenizer.from_file(str(path))
+
+
+def _from_gguf(path: Path, tokenizer: Tokenizer) -> TextTokenizer:
     metadata = read_metadata(path)
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _GGUF_KEYS.items()}
     return TextTokenizer(
-        build_tokenizer(metadata),
+        tokenizer,
         special_tokens={name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)},
         eos_ids=[i for key in ("eot", "eom") if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None],
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -117,13 +135,10 @@ def _from_gguf(path: Path) -> TextTokenizer:
 _GGUF_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def _from_folder(folder: Path) -> TextTokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelNotFoundError(f"{folder} has no tokenizer.json; save the tokenizer as a fast one")
+def _from_folder(folder: Path, tokenizer: Tokenizer) -> TextTokenizer:
     config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     return TextTokenizer(
-        Tokenizer.from_file(str(path)),
+        tokenizer,
         special_tokens={name: _content(config[name]) for name in _NAMED if config.get(name)},
         eos_ids=_eos_ids(folder),
         chat_template=_chat_template(folder, config),

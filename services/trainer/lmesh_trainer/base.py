@@ -13,6 +13,7 @@ from lmesh_kernels.text.resolve import ModelFiles
 
 from lmesh_trainer.errors import JobError
 from lmesh_trainer.spec import JobSpec
+from lmesh_trainer.vocabulary import growth
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,12 @@ def quantisation_of(spec: JobSpec, config: ModelConfig) -> Quantisation:
 
 def check_sharding(spec: JobSpec, precision: Precision) -> None:
     """Raises JobError NOT_SUPPORTED for what cannot be sharded."""
-    if spec.parallelism != "fsdp" or spec.method != "full":
+    if spec.parallelism != "fsdp":
+        return
+    if spec.modules_to_save:
+        hint = "parallelism fsdp: modules_to_save and added tokens are trained whole, beside a base in parts; take ddp"
+        raise JobError("NOT_SUPPORTED", hint)
+    if spec.method != "full":
         return
     if precision is Precision.BF16_PURE:
         raise JobError(
@@ -57,7 +63,13 @@ def load_base(
     if spec.parallelism == "fsdp":
         _log.warning("parallelism fsdp on one process: the model is whole on it")
     quantisation = quantisation_of(spec, config)
-    decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=quantisation)
+    decoder = load_model(
+        files,
+        dtype=precision.dtype,
+        device=platform.device,
+        quantisation=quantisation,
+        growth=growth(spec, files),
+    )
     return ResidentHome(decoder)
 
 

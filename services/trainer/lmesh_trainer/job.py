@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lmesh_kernels import platforms
 from lmesh_kernels.layers.recompute import Recompute
 from lmesh_kernels.lora.sites import sites
-from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError, load_config
+from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.weights import WeightsError
@@ -40,7 +40,8 @@ from lmesh_trainer.optimiser import AdamW, Optimiser
 from lmesh_trainer.ranks import least
 from lmesh_trainer.recorders import Recorded, check_recorders
 from lmesh_trainer.spec import JobSpec
-from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter
+from lmesh_trainer.subject import Subject, make_subject, peft_config, start_adapter, whole_modules
+from lmesh_trainer.vocabulary import added_tokens, trained_config
 
 Report = Callable[[events.Event], None]
 
@@ -76,7 +77,7 @@ def check_job(spec: JobSpec, report: Report) -> None:
     check_recorders(spec.report_to)
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
-    config = load_config(files)
+    config = trained_config(spec, files)
     feed = _feed(spec, files, config, report)
     _plan(spec, config, feed, platform, report)
 
@@ -85,7 +86,7 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     folder.mkdir(parents=True, exist_ok=True)
     files = resolve(spec.model)
     platform = platforms.detect(spec.device, threads=spec.threads)
-    config = load_config(files)
+    config = trained_config(spec, files)
     feed = _feed(spec, files, config, report)
     plan = _plan(spec, config, feed, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
@@ -114,7 +115,7 @@ def _ranked() -> bool:
 
 def _feed(spec: JobSpec, files: ModelFiles, config: ModelConfig, report: Report) -> Feed:
     report(events.PhaseBegun(phase=events.Phase.LOADING_DATASET))
-    tokenizer = load_tokenizer(files)
+    tokenizer = load_tokenizer(files, added_tokens(spec))
     feed = open_feed(spec, tokenizer, context=config.max_position_embeddings)
     report(feed.report(tokenizer))
     return feed
@@ -142,6 +143,7 @@ def _plan(spec: JobSpec, config: ModelConfig, feed: Feed, platform: Platform, re
         recompute=None if spec.recompute == "auto" else Recompute(spec.recompute),
         quantisation=quantisation_of(spec, config),
         shards=shards_of(spec),
+        modules=_module_count(spec, config) if spec.method == "lora" else 0,
     )
     report(
         events.PlanMade(
@@ -160,9 +162,10 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
     shapes = Decoder(config, dtype=torch.float32, device=torch.device("meta"))
     if spec.method == "full":
         return sum(slot.numel() for name, slot in shapes.named_buffers() if name != "rotations")
+    modules = _module_count(spec, config)
     if spec.lora.start:
         adapter = start_adapter(spec, config)
-        return sum(
+        return modules + sum(
             f.a.numel() + f.b.numel() + (0 if f.magnitude is None else len(f.magnitude)) for f in adapter.values()
         )
     told = peft_config(spec.lora)
@@ -170,7 +173,11 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
     if not wanted:
         raise JobError("BAD_ADAPTER", f"NO_TARGETS: target_modules {spec.lora.target_modules!r} name no projection")
     extra = 1 if told.dora else 0
-    return sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+    return modules + sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+
+
+def _module_count(spec: JobSpec, config: ModelConfig) -> int:
+    return len(whole_modules(spec, config)) * config.vocab_size * config.hidden_size
 
 
 def _loop(
@@ -249,7 +256,7 @@ def _publish(
     loop: Loop,
     report: Report,
 ) -> None:
-    target = folder / ("adapter" if spec.method == "lora" else "model")
+    target = folder / ("adapter" if spec.makes_adapter else "model")
     if target.exists():  # of an attempt that died after this point
         shutil.rmtree(target)
     try:

@@ -49,12 +49,13 @@ def plan_training(
     recompute: Recompute | None = None,
     quantisation: Quantisation = "none",
     shards: int = 1,
+    modules: int = 0,
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
-    `trained` numbers are trained; `frozen` says whether they come on top of the model; `longest` row in tokens, which
-    a microbatch must hold; the model is held in `shards` parts. Raises JobError OUT_OF_MEMORY with all lines when
-    nothing fits.
+    `trained` numbers are trained; `frozen` says whether they come on top of the model, but for `modules` of them, which
+    are its own; `longest` row in tokens, which a microbatch must hold; the model is held in `shards` parts.
+    Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
     """
     wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
     sizes = [wanted] if micro_tokens else sorted({wanted, max(longest, wanted // 2), longest}, reverse=True)
@@ -63,7 +64,7 @@ def plan_training(
         policies.append(Recompute.FULL)
     for policy in policies:
         for size in sizes:
-            lines = _lines(config, precision, trained, frozen, size, policy, quantisation, shards)
+            lines = _lines(config, precision, trained, frozen, size, policy, quantisation, shards, modules)
             plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
             if plan.total <= _SHARE * free:
                 return plan
@@ -86,12 +87,14 @@ def _lines(
     policy: Recompute,
     quantisation: Quantisation,
     shards: int,
+    modules: int,
 ) -> dict[str, int]:
     size = precision.dtype.itemsize
     if shards > 1 and not frozen:
         trained = -(-trained // shards)
-    values = trained * size if frozen else 0
+    values = (trained - modules) * size if frozen else 0
     masters = trained * 4 if precision is Precision.BF16 else 0
+    vocabulary = 0 if frozen and not modules else config.vocab_size * config.hidden_size
     moments = 2 * trained * (size if precision is Precision.BF16_PURE else 4)
     sharded = {} if shards == 1 else {"gathered weights and gradients": _gathered_bytes(config, precision, frozen)}
     # A sharded job that trains the weights keeps their masters alone, and rounds them as it gathers them.
@@ -105,7 +108,7 @@ def _lines(
         "optimiser": moments,
         "kept activations": tokens * kept_bytes(config, precision.dtype, policy),
         "a layer at work": tokens * _working_bytes(config, precision.dtype),
-        "head and loss": 2 * CHUNK_BYTES + (0 if frozen else config.vocab_size * config.hidden_size * 4),
+        "head and loss": 2 * CHUNK_BYTES + vocabulary * 4,
     }
 
 

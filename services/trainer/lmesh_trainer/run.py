@@ -128,7 +128,7 @@ class Run:
     def _store(self, made: Published, spec: JobSpec) -> Stored:
         folder = Path(made.folder)
         artifact = put_folder(self._bench.store, folder)
-        digest = made.digest if spec.method == "lora" else ""
+        digest = made.digest if spec.makes_adapter else ""
         return Stored(artifact=artifact, adapter_digest=digest, manifest=read_manifest(folder))
 
     def _tell(self, event: Reported) -> None:

@@ -49,6 +49,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()  # trained whole beside the adapter
     start: str = ""  # folder of an adapter to go on from; its own shape is taken
 
     def __post_init__(self) -> None:
@@ -90,6 +91,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dataset: DatasetSpec
     method: Literal["lora", "full"] = "lora"
     lora: LoraSpec = LoraSpec()
+    add_tokens: tuple[str, ...] = ()  # to the vocabulary, embedding and head trained for them
+    add_special_tokens: tuple[str, ...] = ()  # as those, left out of an answer's text
     optimiser: OptimiserSpec = OptimiserSpec()
     epochs: float = 1.0
     max_steps: int = 0  # 0: as many as the epochs have
@@ -118,12 +121,31 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("load_in_4bit needs method lora: quantised weights are not trained")
         if self.load_in_4bit and self.parallelism == "fsdp":
             raise ValueError("load_in_4bit needs parallelism ddp: quantised weights stay whole on every rank")
+        _check_texts(self.add_tokens + self.add_special_tokens)
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, not {self.epochs}")
         if self.dataset.streaming and not self.max_steps:
             raise ValueError("dataset.streaming needs max_steps: how long a stream is, is not known before its end")
         if self.early_stop_patience and not self.dataset.eval_rows:
             raise ValueError("early_stop_patience needs dataset.eval_rows")
+
+    @property
+    def makes_adapter(self) -> bool:
+        """What it trains fits an adapter; else it makes a whole model."""
+        return self.method == "lora" and not self.modules_to_save
+
+    @property
+    def modules_to_save(self) -> frozenset[str]:
+        """Modules that are trained whole beside an adapter; added tokens need both."""
+        both = ("embed_tokens", "lm_head") if self.add_tokens or self.add_special_tokens else ()
+        return frozenset((*self.lora.modules_to_save, *both))
+
+
+def _check_texts(texts: tuple[str, ...]) -> None:
+    if bad := [text for text in texts if not text.strip()]:
+        raise ValueError(f"add_tokens and add_special_tokens must hold more than spaces, not {bad[0]!r}")
+    if twice := sorted({text for text in texts if texts.count(text) > 1}):
+        raise ValueError(f"add_tokens and add_special_tokens must name each token once, not {twice[0]!r} twice")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +15,19 @@ from lmesh_kernels.lora.peft_files import read_adapter, write_adapter
 from lmesh_kernels.lora.sites import Site, sites
 from lmesh_kernels.lora.trainable import TrainableAdapter
 from lmesh_kernels.models.config import ModelConfig
-from lmesh_kernels.models.home import Home
+from lmesh_kernels.models.home import Home, ResidentHome
 from lmesh_kernels.models.parameters import Parameters, Precision
 from lmesh_kernels.models.training import TrainingPass
-from lmesh_kernels.models.weights import bindings
-from lmesh_kernels.text.digests import file_digest
+from lmesh_kernels.text.added_tokens import AddedTokens
 from lmesh_kernels.text.resolve import ModelFiles
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmesh_trainer.base import base_parameters
 from lmesh_trainer.errors import JobError
+from lmesh_trainer.export.merged import write_model
+from lmesh_trainer.export.tensors import live_tensors, slot_tensors
 from lmesh_trainer.spec import JobSpec, LoraSpec
+from lmesh_trainer.vocabulary import added_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,10 +59,17 @@ def peft_config(spec: LoraSpec) -> PeftConfig:
 def make_subject(
     spec: JobSpec, home: Home, files: ModelFiles, *, precision: Precision, recompute: Recompute
 ) -> Subject:
-    """Every rank calls it. Raises JobError BAD_ADAPTER or NOT_SUPPORTED."""
+    """`home` has the vocabulary that is trained; every rank calls it. Raises JobError BAD_ADAPTER."""
     if spec.method == "full":
-        return _full(home, files, precision, recompute)
-    return _lora(spec, home, precision, recompute)
+        return _full(home, files, added_tokens(spec), precision, recompute)
+    return _lora(spec, home, files, precision, recompute)
+
+
+def whole_modules(spec: JobSpec, config: ModelConfig) -> tuple[str, ...]:
+    """Slots of the decoder that are trained beside an adapter. Of a tied model both names mean the one matrix."""
+    head = "embedding.weight" if config.tie_word_embeddings else "head.weight"
+    slots = {"embed_tokens": "embedding.weight", "lm_head": head}
+    return tuple(sorted({slots[name] for name in spec.modules_to_save}))
 
 
 def start_adapter(spec: JobSpec, model: ModelConfig, home: Home | None = None) -> Adapter:
@@ -83,52 +90,35 @@ def _rows(home: Home, site: Site) -> Tensor:
     return home.matrix(shape.slot)[shape.start : shape.start + shape.outputs]
 
 
-def _lora(spec: JobSpec, home: Home, precision: Precision, recompute: Recompute) -> Subject:
+def _lora(spec: JobSpec, home: Home, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
     # Adapters are small: every rank holds them whole, and their gradients are summed once an update.
-    config = home.decoder.config
-    adapter = TrainableAdapter(start_adapter(spec, config, home), config, precision=precision, device=home.device)
+    decoder, config = home.decoder, home.decoder.config
+    modules = {slot: decoder.get_buffer(slot) for slot in whole_modules(spec, config)}
+    begun = start_adapter(spec, config, home)
+    adapter = TrainableAdapter(begun, config, precision=precision, device=home.device, beside=modules)
 
     def publish(folder: Path, wholes: Mapping[str, Tensor]) -> str:
         found = adapter.adapter()
+        if modules:
+            tensors = live_tensors(decoder, found)
+            told = added_tokens(spec)
+            return write_model(folder, tensors, config=config, dtype=decoder.dtype, files=files, added=told)
         write_adapter(folder, found, base=spec.model)
         return content_digest(found)
 
+    if modules:
+        home = ResidentHome(decoder, {slot: adapter.parameters[slot].trained for slot in modules})
     training = TrainingPass(home, adapters=adapter.products, recompute=recompute)
     return Subject(parameters=adapter.parameters, training=training, publish=publish)
 
 
-def _full(home: Home, files: ModelFiles, precision: Precision, recompute: Recompute) -> Subject:
-    if files.format == "gguf":
-        hint = "full fine-tuning of a GGUF file cannot be published yet: take a model in safetensors, or method lora"
-        raise JobError("NOT_SUPPORTED", hint)
+def _full(home: Home, files: ModelFiles, added: AddedTokens, precision: Precision, recompute: Recompute) -> Subject:
     config = home.decoder.config
     home, parameters = base_parameters(home, precision)
     training = TrainingPass(home, recompute=recompute)
 
     def publish(folder: Path, wholes: Mapping[str, Tensor]) -> str:
-        return _write_model(folder, config, wholes, files, precision)
+        tensors = slot_tensors(config, wholes, precision.dtype)
+        return write_model(folder, tensors, config=config, dtype=precision.dtype, files=files, added=added)
 
     return Subject(parameters=parameters, training=training, publish=publish)
-
-
-def _write_model(
-    folder: Path, config: ModelConfig, wholes: Mapping[str, Tensor], files: ModelFiles, precision: Precision
-) -> str:
-    """A model folder as the base's, with the trained weights in the dtype of the pass."""
-    draft = folder.with_name(f".{folder.name}-draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    tensors = {
-        name: wholes[place.slot][place.start : place.start + place.rows]
-        .detach()
-        .to("cpu", precision.dtype)
-        .contiguous()
-        for name, place in bindings(config).items()
-        if not place.duplicate and place.slot in wholes
-    }
-    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-    for path in files.path.iterdir():
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in path.name:
-            shutil.copyfile(path, draft / path.name)
-    draft.replace(folder)
-    return file_digest(folder / "model.safetensors")

@@ -55,8 +55,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             )
         if request.publish_as:
             check_name(request.publish_as)
-            if request.spec.method == "full":
-                raise InvalidArgumentError("publish_as is for adapters: export a full model", field="publish_as")
+            if makes := _makes_model(request.spec):
+                said = f"publish_as is for adapters, and {makes} makes a model: export that and serve it"
+                raise InvalidArgumentError(said, field="publish_as")
         _check_spec(request.spec)
         job_id, tenant = request.job_id or f"job-{uuid.uuid4().hex[:12]}", _tenant(context)
         spec = request.spec.SerializeToString(deterministic=True)
@@ -261,3 +262,15 @@ def _check_spec(spec: pb.JobSpec) -> None:
             "spec.dataset.source: artifact:<digest>/<file> of an upload, or hub:<owner>/<name>",
             field="spec.dataset.source",
         )
+
+
+def _makes_model(spec: pb.JobSpec) -> str:
+    """The setting because of which the job makes a whole model and no adapter; empty where it makes one."""
+    if spec.method == "full":
+        return "method full"
+    named = {
+        "lora.modules_to_save": spec.lora.modules_to_save,
+        "add_tokens": spec.add_tokens,
+        "add_special_tokens": spec.add_special_tokens,
+    }
+    return next((name for name, told in named.items() if told), "")

@@ -48,7 +48,7 @@ def write_gguf(
             _copy_metadata(writer, files.path)
         else:
             _add_metadata(writer, config)
-            add_vocabulary(writer, files)
+            add_vocabulary(writer, files, rows=config.vocab_size)
         writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind is GgufKind.F16 else LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(2)
         for name, tensor in tensors:

@@ -16,14 +16,17 @@ from lmesh_trainer.errors import JobError
 _KNOWN = ("smollm", "llama-bpe", "qwen2", "gpt-2")
 
 
-def add_vocabulary(writer: GGUFWriter, files: ModelFiles) -> None:
-    """Tokens, merges, special ids and chat template. Raises JobError UNSUPPORTED_TOKENIZER."""
+def add_vocabulary(writer: GGUFWriter, files: ModelFiles, *, rows: int = 0) -> None:
+    """Tokens, merges, special ids and chat template. Raises JobError UNSUPPORTED_TOKENIZER.
+
+    The model's embedding has `rows`: llama.cpp wants a token for each, and those to spare have none.
+    """
     told = json.loads((files.path / "tokenizer.json").read_text(encoding="utf-8"))
     if told["model"].get("type") != "BPE" or told["model"].get("byte_fallback"):
         raise JobError("UNSUPPORTED_TOKENIZER", "only byte-level BPE vocabularies are written to GGUF")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_name(told))
-    tokens, kinds = _tokens(told)
+    tokens, kinds = _tokens(told, rows)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = told["model"]["merges"]
@@ -59,10 +62,10 @@ def _plain(part: Any) -> Any:  # noqa: ANN401 - JSON
     return [_plain(value) for value in part] if isinstance(part, list) else part
 
 
-def _tokens(told: dict[str, Any]) -> tuple[list[str], list[int]]:
+def _tokens(told: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     by_id = {index: (token, TokenType.NORMAL) for token, index in told["model"]["vocab"].items()}
     for added in told.get("added_tokens", []):
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         by_id[added["id"]] = (added["content"], kind)
-    filled = [by_id.get(index, (f"[UNUSED{index}]", TokenType.UNUSED)) for index in range(max(by_id) + 1)]
+    filled = [by_id.get(index, (f"[UNUSED{index}]", TokenType.UNUSED)) for index in range(max(max(by_id) + 1, rows))]
     return [token for token, _ in filled], [int(kind) for _, kind in filled]

@@ -1,4 +1,4 @@
-"""A merged model as a Hugging Face folder: safetensors in shards, config and tokenizer."""
+"""A model as a Hugging Face folder: safetensors in shards, config, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -11,17 +11,47 @@ from typing import Any
 import torch
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.hf_config import ARCHITECTURES
-from lmesh_kernels.text.gguf_metadata import read_metadata
-from lmesh_kernels.text.gguf_tokenizer import build_tokenizer
-from lmesh_kernels.text.resolve import ModelFiles
-from lmesh_kernels.text.tokenizer import load_tokenizer
+from lmesh_kernels.text.added_tokens import NO_TOKENS, AddedTokens
+from lmesh_kernels.text.digests import model_digest
+from lmesh_kernels.text.resolve import ModelFiles, local_files
+from lmesh_kernels.text.tokenizer import load_tokenizer, raw_tokenizer
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from lmesh_trainer.errors import JobError
+from lmesh_trainer.export.added_vocabulary import write_added
 
 SHARD_BYTES = 4 << 30
 _COPIED = (".json", ".jinja", ".txt", ".model")
+
+
+def write_model(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    files: ModelFiles,
+    added: AddedTokens = NO_TOKENS,
+) -> str:
+    """Writes a model to a new folder, whole or not at all.
+
+    `tensors` are all of it, of `dtype` and under Hugging Face names; `files` are those that the base was loaded from,
+    `added` what the vocabulary has beyond theirs. Returns the model digest, which workers that serve it announce.
+    """
+    draft = folder.with_name(f".{folder.name}-draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write_folder(draft, tensors, files=files, config=config, dtype=dtype, added=added)
+    draft.replace(folder)
+    return model_digest(local_files(folder))
+
+
+def check_folder(files: ModelFiles, config: ModelConfig) -> None:
+    """Raises JobError NOT_SUPPORTED for a model that `write_folder` could not describe, before anything is made."""
+    if files.format == "gguf":
+        _config(config)
 
 
 def write_folder(
@@ -31,20 +61,27 @@ def write_folder(
     files: ModelFiles,
     config: ModelConfig,
     dtype: torch.dtype,
+    added: AddedTokens = NO_TOKENS,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes all of it below a folder that exists; no more than one shard is in memory."""
+    """Writes all of it below a folder that exists; no more than one shard is in memory.
+
+    `tensors` are dense, under Hugging Face names; `files` the base's, `added` what its vocabulary is given.
+    """
     _write_shards(folder, tensors, shard_bytes)
     named = str(dtype).removeprefix("torch.")
     if files.format == "gguf":
-        _describe_gguf(folder, files, config, named)
+        _describe_gguf(folder, files, config, named, added)
         return
     for path in files.path.iterdir():
         if path.is_file() and path.suffix in _COPIED and ".index." not in path.name:
             shutil.copyfile(path, folder / path.name)
     told = json.loads((folder / "config.json").read_text())
-    told.pop("torch_dtype", None)
-    _write_json(folder / "config.json", told | {"dtype": named})
+    for gone in ("torch_dtype", "quantization_config"):
+        told.pop(gone, None)
+    _write_json(folder / "config.json", told | {"dtype": named, "vocab_size": config.vocab_size})
+    if added:
+        write_added(folder, files, added)
 
 
 def _write_json(path: Path, told: dict[str, Any]) -> None:
@@ -79,15 +116,20 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _describe_gguf(folder: Path, files: ModelFiles, config: ModelConfig, dtype: str) -> None:
+def _describe_gguf(folder: Path, files: ModelFiles, config: ModelConfig, dtype: str, added: AddedTokens) -> None:
     """Config and tokenizer of a folder whose source was one GGUF file."""
     tokenizer = load_tokenizer(files)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     _write_json(folder / "config.json", _config(config) | ids | {"dtype": dtype})
     _write_json(folder / "generation_config.json", ids)
-    build_tokenizer(read_metadata(files.path)).save(str(folder / "tokenizer.json"))
+    raw = raw_tokenizer(files, added)
+    if adds_bos := tokenizer.encode("a", add_special_tokens=True)[0] == tokenizer.bos_id:
+        # transformers does it by the file alone, whatever the config says.
+        bos = tokenizer.special_tokens["bos_token"]
+        raw.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+    raw.save(str(folder / "tokenizer.json"))
     told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    told |= {"add_bos_token": False, "model_max_length": config.max_position_embeddings}
+    told |= {"add_bos_token": adds_bos, "model_max_length": config.max_position_embeddings}
     _write_json(folder / "tokenizer_config.json", told)
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
@@ -98,7 +140,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
     rope = config.rope
     parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
     if rope.frequency_divisors:
-        hint = "the GGUF file holds its rotation's stretch as numbers: merge into the original model instead"
+        hint = "the GGUF file holds its rotation's stretch as numbers: take the original model in safetensors instead"
         raise JobError("NOT_SUPPORTED", hint)
     if rope.type != "default":
         parameters |= {"factor": rope.factor, "original_max_position_embeddings": rope.original_max_position}

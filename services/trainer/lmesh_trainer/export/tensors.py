@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from lmesh_kernels.lora.factors import Adapter, merged
 from lmesh_kernels.lora.sites import sites
 from lmesh_kernels.models.config import ModelConfig
+from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.registry import read_tensors
 from lmesh_kernels.models.weights import IGNORABLE, bindings
 from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise, quantise
@@ -79,3 +80,28 @@ def merged_tensors(
         yield name, exact.to(dtype)
     if changes:
         raise JobError("ADAPTER_MISFIT", f"the model has no {sorted(changes)[:3]}")
+
+
+def live_tensors(decoder: Decoder, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a decoder as it is now, in its dtype, rounded once, after the adapter's merge in float32.
+
+    Quantised weights are unfolded: what the adapter was trained on is what it is merged into.
+    """
+    changes = {f"{site.theirs}.weight": factors for site, factors in adapter.items()}
+    slots = dict(decoder.named_buffers())
+    for name, place in bindings(decoder.config).items():
+        if place.duplicate:
+            continue
+        slot = slots.get(place.slot)
+        whole = decoder.product(place.slot.removesuffix(".weight")).matrix() if slot is None else slot
+        tensor = whole[place.start : place.start + place.rows].detach()
+        if name in changes:
+            tensor = merged(tensor, changes[name]).to(decoder.dtype)
+        yield name, tensor.cpu()
+
+
+def slot_tensors(config: ModelConfig, slots: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a decoder whose slots are all here, rounded to `dtype`."""
+    for name, place in bindings(config).items():
+        if not place.duplicate:
+            yield name, slots[place.slot][place.start : place.start + place.rows].detach().to("cpu", dtype)

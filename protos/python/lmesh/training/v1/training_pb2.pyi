@@ -205,6 +205,7 @@ class LoraSpec(_message.Message):
     USE_RSLORA_FIELD_NUMBER: _builtins.int
     USE_DORA_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    MODULES_TO_SAVE_FIELD_NUMBER: _builtins.int
     r: _builtins.int
     """Default 16."""
     lora_alpha: _builtins.float
@@ -239,6 +240,10 @@ class LoraSpec(_message.Message):
     def alpha_pattern(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Alphas by module name or regular expression."""
 
+    @_builtins.property
+    def modules_to_save(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Modules trained whole beside the adapter: embed_tokens, lm_head. The job then makes a merged model."""
+
     def __init__(
         self,
         *,
@@ -253,10 +258,11 @@ class LoraSpec(_message.Message):
         use_rslora: _builtins.bool | None = ...,
         use_dora: _builtins.bool | None = ...,
         start: _builtins.str | None = ...,
+        modules_to_save: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_start", b"_start", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "start", b"start", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_start", b"_start", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha_pattern", b"alpha_pattern", "exclude_modules", b"exclude_modules", "layers_to_transform", b"layers_to_transform", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "rank_pattern", b"rank_pattern", "start", b"start", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_start", b"_start", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha_pattern", b"alpha_pattern", "exclude_modules", b"exclude_modules", "layers_to_transform", b"layers_to_transform", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "modules_to_save", b"modules_to_save", "r", b"r", "rank_pattern", b"rank_pattern", "start", b"start", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lora_alpha: _TypeAlias = _typing.Literal["lora_alpha"]  # noqa: Y015
     _WhichOneofArgType__lora_alpha: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha"]  # noqa: Y015
@@ -408,6 +414,8 @@ class JobSpec(_message.Message):
     REPORT_TO_FIELD_NUMBER: _builtins.int
     PARALLELISM_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    ADD_TOKENS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A served model's id, or a source that the trainer resolves."""
     method: _builtins.str
@@ -456,6 +464,16 @@ class JobSpec(_message.Message):
     def report_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where the numbers go besides: tensorboard (event files in the job's folder), wandb."""
 
+    @_builtins.property
+    def add_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that become tokens of the vocabulary, with rows of their own in embedding and head, which are trained whole.
+        The job then makes a merged model.
+        """
+
+    @_builtins.property
+    def add_special_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As those, and left out of an answer's text."""
+
     def __init__(
         self,
         *,
@@ -479,10 +497,12 @@ class JobSpec(_message.Message):
         report_to: _abc.Iterable[_builtins.str] | None = ...,
         parallelism: _builtins.str | None = ...,
         nodes: _builtins.int | None = ...,
+        add_tokens: _abc.Iterable[_builtins.str] | None = ...,
+        add_special_tokens: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_nodes", b"_nodes", "_parallelism", b"_parallelism", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "nodes", b"nodes", "optimiser", b"optimiser", "parallelism", b"parallelism", "precision", b"precision", "recompute", b"recompute", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_nodes", b"_nodes", "_parallelism", b"_parallelism", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "nodes", b"nodes", "optimiser", b"optimiser", "parallelism", b"parallelism", "precision", b"precision", "recompute", b"recompute", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_early_stop_patience", b"_early_stop_patience", "_epochs", b"_epochs", "_eval_steps", b"_eval_steps", "_keep_checkpoints", b"_keep_checkpoints", "_load_in_4bit", b"_load_in_4bit", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_tokens", b"_micro_tokens", "_nodes", b"_nodes", "_parallelism", b"_parallelism", "_precision", b"_precision", "_recompute", b"_recompute", "_save_steps", b"_save_steps", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "add_tokens", b"add_tokens", "batch_size", b"batch_size", "dataset", b"dataset", "early_stop_patience", b"early_stop_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "keep_checkpoints", b"keep_checkpoints", "load_in_4bit", b"load_in_4bit", "lora", b"lora", "max_steps", b"max_steps", "method", b"method", "micro_tokens", b"micro_tokens", "model", b"model", "nodes", b"nodes", "optimiser", b"optimiser", "parallelism", b"parallelism", "precision", b"precision", "recompute", b"recompute", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
