@@ -75,7 +75,7 @@ def _adapters(products: list[tuple[int, list[int]]], rank: int, height: int, tim
 
 
 def _elementwise_bytes(hidden: int, wide: int, qkv: int, layers: int, tokens: int) -> float:
-    """Numbers read and written where norm, rotation, activation and residual are each one pass, forward and backward."""
+    """Of norms, rotation, activation and residual, each one pass forward and one backward, read and written."""
     norms = 2 * (2 + 2 + 4)  # forward; made again; gradient, with what it is added to
     activation = 3 + 6  # forward; gate, up, gradient in, and three out
     return 4.0 * tokens * layers * (norms * hidden + activation * wide + 4 * qkv)
@@ -87,7 +87,7 @@ def _copy_rate(times: int) -> float:
     return 2 * here.nbytes / _best(lambda: there.copy_(here), times)
 
 
-def measure(  # noqa: PLR0913 - a shape, an update's sizes, and how often
+def measure(
     shape: dict[str, Any], rank: int, lengths: list[int], trained: int, height: int, times: int
 ) -> dict[str, Any]:
     """FLOP and seconds of an update of rows of `lengths`, of whose tokens `trained` have a loss."""
