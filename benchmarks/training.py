@@ -4,9 +4,9 @@
 
 Random weights in the shape, rank 16 on all linear projections, float32 on the CPU, AdamW, clipping, nothing recomputed.
 `ragged`: 32 rows of 24 to 480 tokens an update, the first 60 % of each masked; the peer pads rows in batches of 4.
-`dense`: one batch of 4 rows of 512 tokens an update, all trained. Each engine runs in a process of its own, for its peak
-memory. `floor` is what the update's products alone take, measured in the same call: the frozen weights' are the ceiling
-of `share_of_gemm`; with the adapters' and attention's they are that of `share_of_products`. `cpu_s` is user and system
+`dense`: one batch of 4 rows of 512 tokens an update, all trained. Each engine runs in a process of its own, for its
+peak memory. `floor` is what the update's products alone take, measured in the same call: of the frozen weights' is the
+ceiling of `share_of_gemm`, with the adapters' and attention's that of `share_of_products`. `cpu_s` is user and system
 time an update, which says more than the wall's where others use the machine.
 """
 

@@ -144,15 +144,15 @@ class _Group:
         """Views of q [count, length, kv_heads, group, head_dim], and of k and v without the group."""
         kv_size = heads.kv_heads * heads.head_dim
         q, k, v = torch.split(qkv, [heads.q_size, kv_size, kv_size], dim=1)
-        return self.queries(q, heads), self._rows(k, heads.head_dim), self._rows(v, heads.head_dim)
+        shape = (self.count, self.length, heads.kv_heads, heads.head_dim)
+        return self.queries(q, heads), self._rows(k).view(shape), self._rows(v).view(shape)
 
     def queries(self, q: Tensor, heads: Heads) -> Tensor:
         """A view of q [T, q_size], [count, length, kv_heads, group, head_dim]."""
-        return self._rows(q, heads.head_dim).unflatten(2, (heads.kv_heads, heads.group))
+        return self._rows(q).view(self.count, self.length, heads.kv_heads, heads.group, heads.head_dim)
 
-    def _rows(self, t: Tensor, head_dim: int) -> Tensor:
-        rows = t[self.begin : self.begin + self.count * self.length]
-        return rows.unflatten(0, (self.count, self.length)).unflatten(2, (-1, head_dim))
+    def _rows(self, t: Tensor) -> Tensor:
+        return t[self.begin : self.begin + self.count * self.length]
 
 
 def _groups(batch: PackedBatch, heads: Heads) -> Iterator[_Group]:
