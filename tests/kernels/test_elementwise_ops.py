@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lmesh_kernels.ops import row_blocks
 from lmesh_kernels.ops.embedding import embed, vocabulary_logits
-from lmesh_kernels.ops.rms_norm import rms_norm
-from lmesh_kernels.ops.silu_mul import silu_mul
+from lmesh_kernels.ops.rms_norm import inverse_rms, rms_norm, rms_norm_backward, scaled
+from lmesh_kernels.ops.silu_mul import silu_mul, silu_mul_backward_, silu_mul_train
 
 UNIT = 2.0**-24  # rounding of one float32 operation, relative
 # Rounding of one store in a dtype, relative: the ops compute in float32 and store in their inputs' dtype.
@@ -48,6 +49,53 @@ def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     # exp (2 ulp, vectorised), addition, division, and the two stores: the gate's and the product's.
     bound = (8 * UNIT + 2.1 * STORE[dtype]) * expected.abs() + torch.finfo(dtype).tiny
     assert ((silu_mul(gate_up.clone()).double() - expected).abs() <= bound).all()
+
+
+@pytest.fixture(params=[1, 1 << 12, row_blocks.CHAIN_BYTES], ids=["a-row", "some-rows", "whole"])
+def chain_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks of several sizes: a row at a time, some with a rest, all at once."""
+    monkeypatch.setattr(row_blocks, "CHAIN_BYTES", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (50, 129)])
+@pytest.mark.usefixtures("chain_bytes")
+def test_silu_mul_backward(shape: tuple[int, int]) -> None:
+    gate_up, dout = 4 * draw(shape[0], 2 * shape[1]), draw(*shape, seed=1)
+    wide = gate_up.double().requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    expected.backward(dout.double())
+    made = silu_mul_train(gate_up)
+    assert torch.equal(silu_mul_backward_(dout.clone(), gate_up), made)
+    # As `test_silu_mul`; the gate's derivative is a sum of terms up to |gate| + 1, of which some cancel.
+    assert ((made.double() - expected).abs() <= 10 * UNIT * expected.abs() + 2.0**-126).all()
+    assert wide.grad is not None
+    terms = (dout.double().abs() * (1 + gate.abs()) * (1 + up.abs())).repeat(1, 2)
+    assert ((gate_up.double() - wide.grad).abs() <= 12 * UNIT * terms).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (50, 129)])
+@pytest.mark.parametrize("with_addition", [False, True])
+@pytest.mark.usefixtures("chain_bytes")
+def test_rms_norm_backward(shape: tuple[int, int], with_addition: bool) -> None:
+    x, weight, dy = draw(*shape), draw(shape[1], seed=1), draw(*shape, seed=2)
+    add = draw(*shape, seed=3) if with_addition else None
+    wide = x.double().requires_grad_()
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    normed.backward(dy.double())
+    rstd = inverse_rms(x, 1e-5)
+    size = shape[1]
+    bound = (size / 2 + 8) * UNIT
+    assert ((scaled(x, rstd, weight).double() - normed).abs() <= bound * normed.abs()).all()
+    found = rms_norm_backward(dy.clone(), x, rstd, weight, add=add).double()
+    assert wide.grad is not None
+    expected = wide.grad if add is None else wide.grad + add.double()
+    # Both terms of the difference carry the root's error three times over, and a sum of size products.
+    g = (dy.double() * weight.double()).abs() * rstd.double()
+    along = (g * x.double().abs() * rstd.double()).mean(-1, keepdim=True) * x.double().abs() * rstd.double()
+    terms = g + along + (0 if add is None else add.double().abs())
+    assert ((found - expected).abs() <= (2.5 * size + 24) * UNIT * terms).all()
 
 
 def test_embed_is_exact() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lmesh_kernels.ops.row_blocks import row_blocks
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
 # Bytes of float32 logits in one chunk. Rows enough for a good product, and a small part of any device's memory.
@@ -67,14 +68,19 @@ def _chunk(
     """The weighted loss of one chunk, [] float64; writes the gradient of its rows and adds the head's to its sum."""
     logits = (rows @ value(head).t()).float()
     wanted = logits.gather(1, targets[:, None])
-    highest = logits.amax(dim=-1, keepdim=True)
-    correct += (wanted == highest).sum()
+    highest, sums = torch.empty_like(wanted), torch.empty_like(wanted)
     # One temporary of the vocabulary's size, overwritten step by step: logits, their exponentials, the gradient.
-    sums = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+    for block in row_blocks(logits, 1):
+        some = logits[block]
+        torch.amax(some, dim=-1, keepdim=True, out=highest[block])
+        torch.sum(some.sub_(highest[block]).exp_(), dim=-1, keepdim=True, out=sums[block])
+        if gradient is not None:
+            # d loss / d logits = weight * (softmax - one-hot)
+            some.mul_(weights[block, None] / sums[block])
+    correct += (wanted == highest).sum()
     losses = sums.log() + highest - wanted
     if gradient is not None:
-        # d loss / d logits = weight * (softmax - one-hot)
-        logits.mul_(weights[:, None] / sums).scatter_add_(1, targets[:, None], -weights[:, None])
+        logits.scatter_add_(1, targets[:, None], -weights[:, None])
         dlogits = logits.to(rows.dtype)
         torch.mm(dlogits, value(head), out=gradient)
         if isinstance(head, Trained):

@@ -67,23 +67,37 @@ def add_outer_(y: Tensor, u: Tensor, low: LowRank) -> None:
         torch.addmm(columns, u[:, part.ranks], value(part.b).t(), alpha=part.scale, out=columns)
 
 
-def backward(dy: Tensor, x: Tensor, u: Tensor, low: LowRank, dropout: Dropout | None, dx: Tensor) -> None:
-    """Adds the factors' gradients to their sums, and what the adapters pass on to dx [T, inputs], in place."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Passed:
+    """What `pass_back` made and `add_sums` reads."""
+
+    du: Tensor  # [T, ranks], the gradient of `inner`
+    masks: tuple[Tensor, ...]  # dropout's factors of x, a part
+
+
+def pass_back(dy: Tensor, u: Tensor, low: LowRank, dropout: Dropout | None, dx: Tensor) -> Passed:
+    """Adds what the adapters pass on to dx [T, inputs], in place. Does not need their input."""
     du, a = torch.empty_like(u), value(low.a)
     for part in low.parts:
-        columns = dy[:, part.columns]
-        du[:, part.ranks] = (columns @ value(part.b)).mul_(part.scale)
+        du[:, part.ranks] = (dy[:, part.columns] @ value(part.b)).mul_(part.scale)
+    if dropout is None:
+        dx.addmm_(du, a)
+        return Passed(du, ())
+    masks = tuple(dropout.mask(dx, part.site) for part in low.parts)
+    for part, mask in zip(low.parts, masks, strict=True):
+        dx.add_((du[:, part.ranks] @ a[part.ranks]).mul_(mask))
+    return Passed(du, masks)
+
+
+def add_sums(dy: Tensor, x: Tensor, u: Tensor, passed: Passed, low: LowRank) -> None:
+    """Adds the factors' gradients to their sums."""
+    for part in low.parts:
         # The scale is applied to the thin factor, not to the wide gradient.
         if isinstance(part.b, Trained):
-            part.b.add_product(columns.t(), u[:, part.ranks] * part.scale)
-    if dropout is None:
-        if isinstance(low.a, Trained):
-            low.a.add_product(du.t(), x)
-        dx.addmm_(du, a)
+            part.b.add_product(dy[:, part.columns].t(), u[:, part.ranks] * part.scale)
+    if not isinstance(low.a, Trained):
         return
-    for part in low.parts:
-        mask = dropout.mask(x, part.site)
-        thin = du[:, part.ranks]
-        if isinstance(low.a, Trained):
-            low.a.grad[part.ranks].add_(thin.t().float() @ (x * mask).float())
-        dx.add_((thin @ a[part.ranks]).mul_(mask))
+    if not passed.masks:
+        low.a.add_product(passed.du.t(), x)
+    for part, mask in zip(low.parts, passed.masks, strict=False):
+        low.a.grad[part.ranks].add_(passed.du[:, part.ranks].t().float() @ (x * mask).float())

@@ -1,7 +1,7 @@
 """The whole feed-forward block as one node of a training pass: norm, gate and up, silu * mul, down, residual.
 
 Kept for the backward pass: the stream, a number a row, gate and up before the activation, and the adapters' thin
-products. The activated product is made again, and gate and up are overwritten by their own gradients.
+products. The activated product is made again where its gradient is, and gate and up are overwritten by theirs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from lmesh_kernels.ops.dora import adapted_linear
-from lmesh_kernels.ops.product import Product, product, product_backward
+from lmesh_kernels.ops.product import Product, product, product_add_sums, product_backward, product_pass_back
 from lmesh_kernels.ops.rms_norm import inverse_rms, rms_norm_backward, rms_norm_train, scaled
+from lmesh_kernels.ops.silu_mul import silu_mul_backward_, silu_mul_train
 from lmesh_kernels.ops.trained import Weight, value
 
 
@@ -23,7 +24,7 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, total: Tensor, norm: Weight, eps: float, wide: Product, down: Product) -> Tensor:  # noqa: ANN401
         rstd = inverse_rms(total, eps)
         gate_up, thin = product(scaled(total, rstd, value(norm)), wide)
-        out, thin_down = product(_activated(gate_up), down, residual=total)
+        out, thin_down = product(silu_mul_train(gate_up), down, residual=total)
         ctx.save_for_backward(total, rstd, gate_up, thin, thin_down)
         ctx.norm, ctx.wide, ctx.down = norm, wide, down
         return out
@@ -31,29 +32,10 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
         total, rstd, gate_up, thin, thin_down = ctx.saved_tensors
-        hidden = _activated(gate_up)
-        dhidden = product_backward(dout, hidden, thin_down, ctx.down)
-        _activation_backward_(dhidden, gate_up, spare=hidden)
+        dhidden, passed = product_pass_back(dout, thin_down, ctx.down)
+        product_add_sums(dout, silu_mul_backward_(dhidden, gate_up), thin_down, passed, ctx.down)
         dx = product_backward(gate_up, scaled(total, rstd, value(ctx.norm)), thin, ctx.wide)
-        dtotal = rms_norm_backward(dx, total, rstd, ctx.norm)
-        return dtotal.add_(dout), None, None, None, None
-
-
-def _activated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, I], a new tensor."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate).mul_(up)
-
-
-def _activation_backward_(dhidden: Tensor, gate_up: Tensor, *, spare: Tensor) -> None:
-    """Overwrites gate_up [T, 2 * I] by its gradient, and dhidden and spare [T, I] by anything."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    # d up = silu(gate) * dh; d gate = silu'(gate) * up * dh
-    torch.sigmoid(gate, out=spare)
-    spare.mul_(gate).mul_(dhidden)
-    dhidden.mul_(up)
-    up.copy_(spare)
-    gate.copy_(torch.ops.aten.silu_backward(dhidden, gate))
+        return rms_norm_backward(dx, total, rstd, ctx.norm, add=dout), None, None, None, None
 
 
 def mlp_train(total: Tensor, norm: Weight, eps: float, wide: Product, down: Product) -> Tensor:

@@ -1,14 +1,14 @@
 """Causal attention of packed rows over themselves, rotation included, as one node of a training pass.
 
 Rows never see each other: each is attended by itself. What is kept for the backward pass is the rotated qkv, the
-output, and a number a token and head.
+output, and where the device's kernel wants it a number a token and head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lmesh_kernels.layers.packed_batch import PackedBatch
-from lmesh_kernels.ops import causal_kernels
+from lmesh_kernels.ops import causal_blocks, causal_kernels
+from lmesh_kernels.ops.row_blocks import row_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +71,18 @@ def packed_attention_reference(qkv: Tensor, rotation: Tensor, batch: PackedBatch
 
 def _turn_(qkv: Tensor, rotation: Tensor, heads: Heads, sign: float) -> None:
     """Rotates q and k in place; with sign -1 back again. In float32 whatever the dtype."""
-    parts = qkv[:, : heads.turned].view(qkv.shape[0], -1, 2, heads.head_dim // 2)
+    for rows in row_blocks(qkv, 2):
+        _turn_rows_(qkv[rows, : heads.turned], rotation[rows], heads, sign)
+
+
+def _turn_rows_(turned: Tensor, rotation: Tensor, heads: Heads, sign: float) -> None:
+    parts = turned.view(turned.shape[0], -1, 2, heads.head_dim // 2)
     cos, sin = rotation[:, None].chunk(2, dim=-1)
     first, second = parts.float().unbind(2)  # views of qkv itself where it is float32
     crossed = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-sign)
     second.mul_(cos).add_(crossed, alpha=sign)
-    if qkv.dtype != torch.float32:
+    if turned.dtype != torch.float32:
         parts.copy_(torch.stack([first, second], dim=2))
 
 
@@ -88,6 +94,10 @@ class _Attention(torch.autograd.Function):
         if causal_kernels.packs(qkv):
             attended, kept = causal_kernels.packed_forward(*_split(qkv, heads), batch.cu_seqlens, _longest(batch))
             out = attended.flatten(1)
+        elif causal_blocks.takes(qkv):
+            out, kept = qkv.new_empty(qkv.shape[0], heads.q_size), []
+            for group in _groups(batch, heads):
+                causal_blocks.forward(*group.cut(qkv, heads), group.queries(out, heads))
         else:
             out = qkv.new_empty(qkv.shape[0], heads.q_size)
             kept = [_forward_row(qkv[rows], heads, out[rows]) for rows in _rows(batch)]
@@ -105,6 +115,11 @@ class _Attention(torch.autograd.Function):
                 dout.view(shape), *_split(qkv, heads), out.view(shape), kept, batch.cu_seqlens, _longest(batch)
             )
             dqkv = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        elif causal_blocks.takes(qkv):
+            dqkv = torch.empty_like(qkv)
+            for group in _groups(batch, heads):
+                given = group.queries(dout, heads)
+                causal_blocks.backward(given, *group.cut(qkv, heads), *group.cut(dqkv, heads))
         else:
             dqkv = torch.empty_like(qkv)
             for rows, lse in zip(_rows(batch), kept, strict=True):
@@ -115,6 +130,36 @@ class _Attention(torch.autograd.Function):
 
 def _rows(batch: PackedBatch) -> Iterator[slice]:
     return (slice(begin, end) for begin, end in pairwise(batch.begins))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring rows of one length, which are attended together."""
+
+    begin: int
+    count: int
+    length: int
+
+    def cut(self, qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of q [count, length, kv_heads, group, head_dim], and of k and v without the group."""
+        kv_size = heads.kv_heads * heads.head_dim
+        q, k, v = torch.split(qkv, [heads.q_size, kv_size, kv_size], dim=1)
+        shape = (self.count, self.length, heads.kv_heads, heads.head_dim)
+        return self.queries(q, heads), self._rows(k).view(shape), self._rows(v).view(shape)
+
+    def queries(self, q: Tensor, heads: Heads) -> Tensor:
+        """A view of q [T, q_size], [count, length, kv_heads, group, head_dim]."""
+        return self._rows(q).view(self.count, self.length, heads.kv_heads, heads.group, heads.head_dim)
+
+    def _rows(self, t: Tensor) -> Tensor:
+        return t[self.begin : self.begin + self.count * self.length]
+
+
+def _groups(batch: PackedBatch, heads: Heads) -> Iterator[_Group]:
+    for length, rows in groupby(pairwise(batch.begins), key=lambda row: row[1] - row[0]):
+        begins, step = [begin for begin, _ in rows], causal_blocks.rows_at_once(length, heads.heads)
+        for at in range(0, len(begins), step):
+            yield _Group(begins[at], len(begins[at : at + step]), length)
 
 
 def _longest(batch: PackedBatch) -> int:

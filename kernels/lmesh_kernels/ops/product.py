@@ -10,7 +10,7 @@ from torch import Tensor
 from lmesh_kernels.ops import low_rank
 from lmesh_kernels.ops.dropout import Dropout
 from lmesh_kernels.ops.linear import linear
-from lmesh_kernels.ops.low_rank import LowRank
+from lmesh_kernels.ops.low_rank import LowRank, Passed
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
@@ -48,11 +48,22 @@ def product(x: Tensor, to: Product, residual: Tensor | None = None) -> tuple[Ten
 
 def product_backward(dy: Tensor, x: Tensor, thin: Tensor, to: Product) -> Tensor:
     """Adds the gradients of what is trained to their sums; returns that of x [T, inputs]."""
+    dx, passed = product_pass_back(dy, thin, to)
+    product_add_sums(dy, x, thin, passed, to)
+    return dx
+
+
+def product_pass_back(dy: Tensor, thin: Tensor, to: Product) -> tuple[Tensor, Passed | None]:
+    """(the gradient of x [T, inputs], what `product_add_sums` reads): the half of the backward pass that needs no x."""
     dx = dy @ value(to.weight)
+    return dx, None if to.low is None else low_rank.pass_back(dy, thin, to.low, to.dropout, dx)
+
+
+def product_add_sums(dy: Tensor, x: Tensor, thin: Tensor, passed: Passed | None, to: Product) -> None:
+    """The other half: adds the gradients of what is trained to their sums."""
     if isinstance(to.weight, Trained):
         to.weight.add_product(dy.t(), x)
     if isinstance(to.bias, Trained):
         to.bias.add(dy.sum(dim=0, dtype=torch.float32))
-    if to.low is not None:
-        low_rank.backward(dy, x, thin, to.low, to.dropout, dx)
-    return dx
+    if to.low is not None and passed is not None:
+        low_rank.add_sums(dy, x, thin, passed, to.low)

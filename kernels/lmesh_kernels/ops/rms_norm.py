@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.backend import takes_triton
+from lmesh_kernels.ops.row_blocks import row_blocks
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
@@ -45,22 +46,32 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 def scaled(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """The normed x of `rstd` = `inverse_rms`(x), a new tensor."""
-    return (x * rstd).to(x.dtype).mul_(weight) if x.dtype == torch.float32 else weight * (x.float() * rstd).to(x.dtype)
+    if x.dtype != torch.float32:
+        return weight * (x.float() * rstd).to(x.dtype)
+    out = torch.empty_like(x)
+    for rows in row_blocks(out, 2):
+        torch.mul(x[rows], rstd[rows], out=out[rows]).mul_(weight)
+    return out
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Weight) -> Tensor:
-    """The gradient of x [..., D]; adds the weight's to its sum where it is trained. May overwrite dy.
+def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Weight, add: Tensor | None = None) -> Tensor:
+    """The gradient of x [..., D] (+ add); adds the weight's to its sum where it is trained. May overwrite dy.
 
     With n = x * rstd and g = dy * weight: dx = rstd * (g - n * mean(g * n)).
     """
     wide, direct = x.float(), dy.float()
     if isinstance(weight, Trained):
         weight.add((direct * wide).mul_(rstd).flatten(0, -2).sum(dim=0))
-    g = direct.mul_(value(weight)) if direct is dy else direct * value(weight)
-    inner = torch.linalg.vecdot(g, wide).unsqueeze(-1)
-    # rstd * g - x * (rstd^3 * inner / D)
-    along = rstd.pow(3).mul_(inner).mul_(-1.0 / x.shape[-1])
-    return g.mul_(rstd).addcmul_(wide, along).to(x.dtype)
+    for rows in row_blocks(direct, 4):
+        part, read, scale = direct[rows].mul_(value(weight)), wide[rows], rstd[rows]
+        inner = torch.linalg.vecdot(part, read).unsqueeze(-1)
+        # rstd * g - x * (rstd^3 * inner / D)
+        along = scale.pow(3).mul_(inner).mul_(-1.0 / x.shape[-1])
+        part.mul_(scale).addcmul_(read, along)
+        if add is not None and x.dtype == torch.float32:
+            part.add_(add[rows])
+    out = direct.to(x.dtype)
+    return out if add is None or x.dtype == torch.float32 else out.add_(add)
 
 
 class _Norm(torch.autograd.Function):
