@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmesh_kernels.models.config import ModelConfig, Quantisation, load_config
+from lmesh_kernels.models.config import LoadFormat, ModelConfig, Quantisation, load_config
 from lmesh_kernels.models.decoder import Decoder
-from lmesh_kernels.models.weights import bind, read_safetensors
+from lmesh_kernels.models.dummy import fill_dummy
+from lmesh_kernels.models.safetensors_folder import WeightsError, read_safetensors, stored_tensors
+from lmesh_kernels.models.staged_reads import StagedReads
+from lmesh_kernels.models.weights import bind
+from lmesh_kernels.platforms.platform import Platform
 from lmesh_kernels.quant.nf4 import Nf4Tensor
 
 if TYPE_CHECKING:
@@ -18,17 +22,32 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    files: ModelFiles, *, dtype: torch.dtype, device: torch.device, quantisation: Quantisation | None = None
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: Quantisation | None = None,
+    load_format: LoadFormat = "auto",
+    platform: Platform | None = None,
 ) -> Decoder:
-    """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, tensor by tensor.
+    """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, or make random weights there.
 
-    `quantisation` of the layers' products; None takes the checkpoint's own.
+    `quantisation` of the layers' products; None takes the checkpoint's own. With the `platform` of the device, files
+    are read by several threads through its staging memory; without, tensor by tensor.
     Raises UnsupportedModelError for what is not computed here and WeightsError for a checkpoint that does not fit.
     """
+    if load_format == "dummy" and files.format == "gguf":
+        raise WeightsError("DUMMY_OF_GGUF", f"{files.path.name}: load_format dummy takes a folder with a config.json")
     config = load_config(files)
     chosen = config.quantisation if quantisation is None else quantisation
     decoder = Decoder(config, dtype=dtype, device=device, quantisation=chosen).eval()
-    bind(decoder, read_tensors(files, config))
+    if load_format == "dummy":
+        fill_dummy(decoder)
+    elif platform is None or platform.device.type == "cpu" or files.format == "gguf":
+        bind(decoder, read_tensors(files, config))
+    else:
+        with StagedReads(platform) as reads:
+            bind(decoder, stored_tensors(files.path), reads)
     return decoder
 
 

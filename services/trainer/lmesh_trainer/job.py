@@ -18,7 +18,7 @@ from lmesh_kernels.models.config import ModelConfig, Quantisation, UnsupportedMo
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.registry import load_model
-from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.models.safetensors_folder import WeightsError
 from lmesh_kernels.platforms.platform import Platform, PlatformError
 from lmesh_kernels.text.digests import base_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
@@ -87,7 +87,13 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     plan = _plan(spec, config, dataset, platform, report)
     report(events.PhaseBegun(phase=events.Phase.LOADING_MODEL))
     precision = _precision(spec, platform)
-    decoder = load_model(files, dtype=precision.dtype, device=platform.device, quantisation=_quantisation(spec, config))
+    decoder = load_model(
+        files,
+        dtype=precision.dtype,
+        device=platform.device,
+        quantisation=_quantisation(spec, config),
+        platform=platform,
+    )
     subject = make_subject(spec, decoder, files, precision=precision, recompute=plan.recompute)
     loop = _loop(spec, folder, files, dataset, subject, plan, platform, report, asked)
     resumed = loop.resume()
