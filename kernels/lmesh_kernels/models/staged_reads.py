@@ -19,7 +19,10 @@ from lmesh_kernels.platforms.platform import Pending, Platform, Stream
 
 THREADS = 8
 PIECE_BYTES = 8 << 20
-"""A thread has two pieces of staging memory, so 128 MiB are pinned in all: pinning costs time by the byte."""
+"""A thread has two pieces of staging memory at most, so 128 MiB are pinned in all: pinning costs time by the byte.
+
+2.47 GB in the page cache to an H200: 13.1 GB/s with 4 threads, 16.8 with 8, 13.9 with 16; 5.1 through the mapping.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class StagedReads:
 
     def _work(self) -> None:
         try:
-            lane = _Lane(self._platform, self._piece_bytes, self._pieces.task_done)
+            lane = _Lane(self._platform, self._pieces.task_done)
         except Exception as error:  # noqa: BLE001 - raised again by whoever waits
             self._errors.append(error)
             lane = None
@@ -120,9 +123,10 @@ class _Lane:
     `done` is called once for each piece brought, when it is on the device or has failed.
     """
 
-    def __init__(self, platform: Platform, piece_bytes: int, done: Callable[[], None]) -> None:
+    def __init__(self, platform: Platform, done: Callable[[], None]) -> None:
+        self._platform = platform
         self._stream: Stream = platform.stream()
-        self._buffers = [platform.staging((piece_bytes,), torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         self._copies: list[Pending[None] | None] = [None, None]
         self._files: dict[Path, int] = {}
         self._turn = 0
@@ -134,13 +138,19 @@ class _Lane:
         try:
             self._settle(turn)
             dtype = piece.stored.dtype
-            buffer = self._buffers[turn][: (piece.end - piece.begin) * dtype.itemsize]
+            buffer = self._buffer(turn, (piece.end - piece.begin) * dtype.itemsize)
             self._read(piece.stored, piece.begin * dtype.itemsize, buffer)
             source, target = buffer.view(dtype), piece.target[piece.begin : piece.end]
             self._copies[turn] = self._stream.submit(lambda: _copy(source, target))
         except BaseException:
             self._done()
             raise
+
+    def _buffer(self, turn: int, count: int) -> Tensor:
+        """Staging memory of `count` bytes; a small model pins little."""
+        if len(self._buffers[turn]) < count:
+            self._buffers[turn] = self._platform.staging((count,), torch.uint8)
+        return self._buffers[turn][:count]
 
     def settle(self) -> None:
         """Waits for the copies under way."""
