@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ from lmesh_kernels.models.dummy import fill_dummy
 from lmesh_kernels.models.safetensors_folder import read_safetensors, safetensors_files, stored_tensors
 from lmesh_kernels.models.staged_reads import PIECE_BYTES, THREADS, StagedReads
 from lmesh_kernels.models.weights import bind, bindings
-from lmesh_kernels.platforms.platform import Platform
 from lmesh_kernels.text.resolve import local_files
 from safetensors.torch import save_file
 from shapes import save_shape
@@ -35,42 +35,63 @@ def main() -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-1b", help="a shape of shapes.py")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="in the files")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="in the files")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--threads", type=int, nargs="*", default=[THREADS])
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    platform = platforms.detect(args.device)
     with tempfile.TemporaryDirectory(prefix="lmesh-load-") as name:
-        folder = save_shape(Path(name), args.model, tokenizer=False)
-        decoder = Decoder(load_config(local_files(folder)), dtype=torch.bfloat16, device=platform.device)
-        fill_dummy(decoder)
-        save(decoder, folder, getattr(torch, args.dtype), args.shards)
-        size = sum(path.stat().st_size for path in safetensors_files(folder))
+        Loading(args, Path(name)).run()
 
-        def say(way: str, act: Callable[[], object]) -> None:
-            times = [_timed(platform, act) for _ in range(args.runs)]
-            took = statistics.median(times)
-            line = {
-                "way": way,
-                "gb_s": round(size / took / 1e9, 2),
-                "seconds": round(took, 3),
-                "gb": round(size / 1e9, 2),
-            }
-            print(
-                json.dumps(line | {"first_s": round(times[0], 3), "model": args.model, "stored": args.dtype}),
-                flush=True,
-            )
 
-        say("plain read", lambda: _read_plainly(folder))
-        say("mapped, tensor by tensor", lambda: bind(decoder, read_safetensors(folder)))
-        for threads in args.threads:
-            say(
-                f"{threads} threads, {2 * threads * PIECE_BYTES >> 20} MiB",
-                lambda n=threads: _staged(decoder, folder, platform, n),
-            )
-        say("random on the device", lambda: fill_dummy(decoder))
+class Loading:
+    """A made-up checkpoint in `folder`, and the decoder that it came from."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args, self._folder = args, save_shape(folder, args.model, tokenizer=False)
+        self._platform = platforms.detect(args.device)
+        model = load_config(local_files(folder))
+        self._decoder = Decoder(model, dtype=torch.bfloat16, device=self._platform.device)
+        fill_dummy(self._decoder)
+        self._wanted = {name: slot.clone() for name, slot in self._decoder.named_buffers()}
+        save(self._decoder, folder, getattr(torch, args.dtype), args.shards)
+        self._bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+
+    def run(self) -> None:
+        """All ways, one after the other."""
+        decoder, folder = self._decoder, self._folder
+        self._time("plain read", lambda: _read_plainly(folder), loads=False)
+        self._time("mapped, tensor by tensor", lambda: bind(decoder, read_safetensors(folder)))
+        for threads in self._args.threads:
+            self._time(f"{threads} threads, {2 * threads * PIECE_BYTES >> 20} MiB", partial(self._staged, threads))
+        self._time("random on the device", lambda: fill_dummy(decoder))
+
+    def _staged(self, threads: int) -> None:
+        with StagedReads(self._platform, threads=threads) as reads:
+            bind(self._decoder, stored_tensors(self._folder), reads)
+
+    def _time(self, way: str, act: Callable[[], object], *, loads: bool = True) -> None:
+        """Prints a way's line. One that loads must have brought every value."""
+        times = []
+        for _ in range(self._args.runs):
+            self._decoder.arena.fill_(torch.nan)
+            self._synchronise()
+            begin = time.perf_counter()
+            act()
+            self._synchronise()
+            times.append(time.perf_counter() - begin)
+        wrong = [name for name, slot in self._decoder.named_buffers() if not torch.equal(slot, self._wanted[name])]
+        if loads and wrong:
+            raise SystemExit(f"{way}: wrong values in {wrong[:3]}")
+        took = statistics.median(times)
+        line = {"way": way, "gb_s": round(self._bytes / took / 1e9, 2), "seconds": round(took, 3)}
+        line |= {"first_s": round(times[0], 3), "gb": round(self._bytes / 1e9, 2)}
+        print(json.dumps(line | {"model": self._args.model, "stored": self._args.dtype}), flush=True)
+
+    def _synchronise(self) -> None:
+        if self._platform.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def save(decoder: Decoder, folder: Path, dtype: torch.dtype, shards: int) -> None:
@@ -87,25 +108,12 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, shards: int) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 
 
-def _staged(decoder: Decoder, folder: Path, platform: Platform, threads: int) -> None:
-    with StagedReads(platform, threads=threads) as reads:
-        bind(decoder, stored_tensors(folder), reads)
-
-
 def _read_plainly(folder: Path) -> None:
     buffer = bytearray(_PLAIN_BYTES)
     for path in safetensors_files(folder):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-
-
-def _timed(platform: Platform, act: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    act()
-    if platform.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

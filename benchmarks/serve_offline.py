@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Offline:
         if self._args.profile is not None:
             self._profile(self._args.profile or [1, 64])
         if self._args.transformers:
-            rows.append(self._peer())
+            rows.append(self._peer({row["workload"]: row["tok_s"] for row in rows}))
         else:
             self._system.close()
         return rows
@@ -121,7 +121,7 @@ class Offline:
         line |= {"startup_s": round(self.startup_s, 2), "kernel_cache": "empty" if _COLD in os.environ else "as it was"}
         return self._say(line)
 
-    def _peer(self) -> dict[str, Any]:
+    def _peer(self, ours: Mapping[str, float]) -> dict[str, Any]:
         """G1 in padded batches through transformers, on the decoder's weights; the engine is gone by then."""
         from transformers_peer import TransformersPeer, twin_of
         from workloads import make, warm_up
@@ -138,7 +138,8 @@ class Offline:
         begin = time.perf_counter()
         first = peer.run(jobs)
         walls = [time.perf_counter() - begin]
-        return self._say(self._line("transformers", workload, jobs, walls, [statistics.mean(first)], peer.version))
+        line = self._line("transformers", workload, jobs, walls, [statistics.mean(first)], peer.version)
+        return self._say(line | {"engine_times": round(ours[workload] / line["tok_s"], 2)})
 
     def _line(
         self, system: str, workload: str, jobs: Sequence[Any], walls: list[float], firsts: list[float], version: str

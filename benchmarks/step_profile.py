@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class StepProfile:
     rows: int
     step_us: float  # without the profiler
     profiled_step_us: float
-    busy_us: float  # at least one kernel runs
-    waits_us: float  # the host waits for the device
+    busy_us: float  # at least one kernel runs; the host's work on a CPU
+    waits_us: float  # the host waits for a step's results, without the profiler
     waits: dict[str, float]  # calls a step, by name
     kernels: list[Kernel]
 
@@ -49,8 +50,8 @@ class StepProfile:
             "step_us": round(self.step_us, 1),
             "profiled_step_us": round(self.profiled_step_us, 1),
             "busy_us": round(self.busy_us, 1),
-            "gap_us": round(self.profiled_step_us - self.busy_us, 1),
-            "host_us": round(self.profiled_step_us - self.waits_us, 1),
+            "gap_us": round(max(0.0, self.step_us - self.busy_us), 1),
+            "host_us": round(self.step_us - self.waits_us, 1),
             "waits_a_step": {name: round(count, 2) for name, count in self.waits.items()},
         }
 
@@ -68,7 +69,9 @@ def profile_decode(engine: Engine, rows: int, *, context: int = 512, steps: int 
     """Profiles `steps` steps in which `rows` sequences of about `context` tokens decode and nothing else happens."""
     keys = _begin(engine, rows, context, 4 * steps)
     try:
-        plain_us = _timed(engine, steps)
+        with _clocked_waits() as waited:
+            plain_us = _timed(engine, steps)
+        waits_us = sum(waited) / steps * 1e6
         gpu = engine.platform.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
         with profile(activities=activities, acc_events=True) as recorded, record_function(_REGION):
@@ -78,7 +81,8 @@ def profile_decode(engine: Engine, rows: int, *, context: int = 512, steps: int 
             engine.abort(key)
         while engine.has_work:
             engine.step()
-    return _summarise(_steady(recorded.events() or []), rows, steps, plain_us, profiled_us, gpu)
+    found = _summarise(_steady(recorded.events() or []), steps, gpu)
+    return replace(found, rows=rows, step_us=plain_us, profiled_step_us=profiled_us, waits_us=waits_us)
 
 
 def _begin(engine: Engine, rows: int, context: int, most: int) -> list[int]:
@@ -116,13 +120,11 @@ def _steady(events: Iterable[Any]) -> list[Any]:
     return [e for e in events if e.name != _REGION and begin <= e.time_range.start <= end]
 
 
-def _summarise(
-    events: Iterable[Any], rows: int, steps: int, plain_us: float, profiled_us: float, gpu: bool
-) -> StepProfile:
+def _summarise(events: list[Any], steps: int, gpu: bool) -> StepProfile:
+    """What the events tell; the times of whole steps are still missing."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     waits: dict[str, float] = defaultdict(float)
     spans: list[tuple[float, float]] = []
-    waits_us = 0.0
     for event in events:
         on_device = event.device_type != torch.autograd.DeviceType.CPU
         took = event.time_range.end - event.time_range.start
@@ -130,21 +132,35 @@ def _summarise(
             spans.append((event.time_range.start, event.time_range.end))
         elif event.name.endswith(_WAITS) or event.name in _BLOCKING:
             waits[event.name] += 1 / steps
-            waits_us += 0.0 if event.name.startswith("aten::") else took / steps  # it waits in one of the others
         if on_device == gpu:
             entry = totals[event.name]
             entry[0] += 1 / steps
             entry[1] += (took if gpu else event.self_cpu_time_total) / steps
     kernels = sorted((Kernel(name, *entry) for name, entry in totals.items()), key=lambda k: -k.us)
-    return StepProfile(
-        rows=rows,
-        step_us=plain_us,
-        profiled_step_us=profiled_us,
-        busy_us=_covered(spans) / steps if gpu else profiled_us,
-        waits_us=waits_us,
-        waits=dict(waits),
-        kernels=kernels,
-    )
+    busy = _covered(spans) / steps if gpu else sum(kernel.us for kernel in kernels)
+    return StepProfile(0, 0.0, 0.0, busy, 0.0, dict(waits), kernels)
+
+
+@contextmanager
+def _clocked_waits() -> Iterator[list[float]]:
+    """Seconds that the host spends in `Pending.result` of a CUDA stream, wait by wait."""
+    from lmesh_kernels.platforms.cuda import EventPending
+
+    waited: list[float] = []
+    plain = EventPending.result
+
+    def clocked(pending: EventPending[Any]) -> Any:  # noqa: ANN401 - whatever a step gives
+        begin = time.perf_counter()
+        try:
+            return plain(pending)
+        finally:
+            waited.append(time.perf_counter() - begin)
+
+    EventPending.result = clocked  # type: ignore[method-assign]
+    try:
+        yield waited
+    finally:
+        EventPending.result = plain  # type: ignore[method-assign]
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

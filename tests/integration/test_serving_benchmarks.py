@@ -38,6 +38,7 @@ def test_the_engine_alone() -> None:
     assert profile["profile"] == "decode x 2" and profile["step_us"] > 0
     assert "aten::" in text and "us/step" in text
     assert (peer["system"], peer["workload"]) == ("transformers", "4x40+6") and peer["tok_s"] > 0
+    assert abs(peer["engine_times"] - many["tok_s"] / peer["tok_s"]) < 0.01
 
 
 def test_a_checkpoint_and_its_twin(tmp_path: Path, monkeypatch: Any) -> None:
