@@ -21,7 +21,7 @@ THREADS = 8
 PIECE_BYTES = 8 << 20
 """A thread has two pieces of staging memory at most, so 128 MiB are pinned in all: pinning costs time by the byte.
 
-2.47 GB in the page cache to an H200: 13.1 GB/s with 4 threads, 13.5 to 16.8 with 8, 13.9 with 16; 5.1 through the mapping.
+2.47 GB in the page cache to an H200: 13.1 GB/s with 4 threads, 13.5-16.8 with 8, 13.9 with 16; 5.1 as a mapping.
 """
 
 
