@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import torch
 from lmesh_kernels.text.resolve import ModelFiles
 from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.engine import Engine
@@ -14,10 +15,10 @@ from workloads import Job
 class EngineSystem:
     """Submits all jobs at once and steps until they have ended."""
 
-    def __init__(self, files: ModelFiles, threads: int) -> None:
-        self._engine = Engine(EngineConfig(device="cpu", dtype="float32", threads=threads), files)
+    def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
+        self.engine = Engine(config, files)
         self._next_key = 0
-        self.version = "lmesh"
+        self.version = f"lmesh, torch {torch.__version__}"
 
     def run(self, jobs: list[Job]) -> list[float]:
         """Seconds to the first token of each job."""
@@ -26,11 +27,13 @@ class EngineSystem:
             key, self._next_key = self._next_key, self._next_key + 1
             counts[key] = 0
             params = Params(max_tokens=job.new_tokens)
-            self._engine.add(Start(key, str(key), 0, list(job.prompt), len(job.prompt), params))
-        while self._engine.has_work:
-            report = self._engine.step()
+            self.engine.add(Start(key, str(key), 0, list(job.prompt), len(job.prompt), params))
+        while self.engine.has_work:
+            report = self.engine.step()
             if report is None:
                 continue
+            if report.errors:
+                raise RuntimeError(f"{report.errors[0].reason}: {report.errors[0].message}")
             now = time.perf_counter() - begin
             for key, n_new in zip(report.keys, report.n_new, strict=True):
                 if n_new:
@@ -43,4 +46,4 @@ class EngineSystem:
 
     def close(self) -> None:
         """Frees the engine."""
-        self._engine.close()
+        self.engine.close()

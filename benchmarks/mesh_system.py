@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 
 import grpc.aio
 from lmesh.inference.v1 import inference_pb2 as pb
 from lmesh.inference.v1 import inference_pb2_grpc
-from lmesh_kernels.text.resolve import ModelFiles
 from workloads import Job
 
 MODEL = "bench"
@@ -26,15 +26,33 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-class MeshSystem:
-    """A mesh of its own in a temporary run folder."""
+def request_of(job: Job) -> pb.GenerateRequest:
+    """A job as a client asks for it: greedy, to its full length."""
+    return pb.GenerateRequest(
+        model=MODEL,
+        tokens=pb.TokenInput(ids=job.prompt),
+        sampling=pb.SamplingParams(temperature=0.0),
+        stop=pb.StopParams(max_tokens=job.new_tokens, ignore_eos=True),
+    )
 
-    def __init__(self, files: ModelFiles, threads: int) -> None:
+
+class MeshSystem:
+    """A mesh of its own in a temporary run folder. `settings` are LMESH_* variables."""
+
+    def __init__(
+        self, source: str, *, gateways: int = 1, load_format: str = "auto", settings: Mapping[str, str] | None = None
+    ) -> None:
         self._folder = tempfile.mkdtemp(prefix="lmesh-bench-")
-        self._env = {**os.environ, "LMESH_RUN_DIR": self._folder, "LMESH_WORKER_THREADS": str(threads)}
-        self._target = f"127.0.0.1:{(port := _free_port())}"
-        ports = ["--grpc-port", str(port), "--http-port", str(_free_port())]
-        self._cli("up", *ports, "--model", f"{MODEL}={files.source}")
+        self._env = {**os.environ, "LMESH_RUN_DIR": self._folder, **(settings or {})}
+        self.target = f"127.0.0.1:{(port := _free_port())}"
+        shape = ["--grpc-port", str(port), "--http-port", str(_free_port()), "--gateways", str(gateways)]
+        begin = time.perf_counter()
+        try:
+            self._cli("up", *shape, "--trainers", "0", "--load-format", load_format, "--model", f"{MODEL}={source}")
+        except subprocess.CalledProcessError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        self.startup_s = time.perf_counter() - begin
         self.version = "lmesh"
 
     def _cli(self, *args: str) -> None:
@@ -46,19 +64,13 @@ class MeshSystem:
         return asyncio.run(self._run(jobs))
 
     async def _run(self, jobs: list[Job]) -> list[float]:
-        async with grpc.aio.insecure_channel(self._target) as channel:
+        async with grpc.aio.insecure_channel(self.target) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             return list(await asyncio.gather(*(self._one(stub, job) for job in jobs)))
 
     async def _one(self, stub: inference_pb2_grpc.InferenceServiceAsyncStub, job: Job) -> float:
-        request = pb.GenerateRequest(
-            model=MODEL,
-            tokens=pb.TokenInput(ids=job.prompt),
-            sampling=pb.SamplingParams(temperature=0.0),
-            stop=pb.StopParams(max_tokens=job.new_tokens, ignore_eos=True),
-        )
         begin, first, count = time.perf_counter(), 0.0, 0
-        async for event in stub.Generate(request, timeout=1_200):
+        async for event in stub.Generate(request_of(job), timeout=1_200):
             if event.HasField("delta"):
                 first = first or time.perf_counter() - begin
                 count += len(event.delta.token_ids)

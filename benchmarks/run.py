@@ -8,23 +8,19 @@ whose speed drifts slows all of them alike. Figures: output tokens a second over
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from results_file import cpu_name, record
 from workloads import WORKLOADS, Job, make, warm_up
 
 SYSTEMS = ("transformers", "engine", "mesh")
-RESULTS = Path(__file__).parent / "results"
-FIELDS = ("system", "workload", "tok_s", "tok_s_min", "tok_s_max", "wall_s", "ttft_s", "runs", "model", "version")
 
 
 class System(Protocol):
@@ -45,16 +41,17 @@ def build(name: str, model: str, threads: int) -> System:
 
     files = resolve(model)
     if name == "transformers":
-        from transformers_peer import TransformersPeer
+        from transformers_peer import TransformersPeer, load_reference
 
-        return TransformersPeer(files, threads)
+        return TransformersPeer(load_reference(files), threads=threads)
     if name == "engine":
         from engine_system import EngineSystem
+        from lmesh_worker.engine.config import EngineConfig
 
-        return EngineSystem(files, threads)
+        return EngineSystem(files, EngineConfig(device="cpu", dtype="float32", threads=threads))
     from mesh_system import MeshSystem
 
-    return MeshSystem(files, threads)
+    return MeshSystem(files.source, settings={"LMESH_WORKER_THREADS": str(threads)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +133,6 @@ def case(child: Child, workload: str, runs: list[Run], model: str) -> dict[str, 
     }
 
 
-def device_name() -> str:
-    """The device as a file name, such as `cpu-amd-epyc-2-threads`."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return f"cpu-{model.lower().replace(' ', '-')}-{os.cpu_count()}-threads"
-
-
 def run_all(args: argparse.Namespace) -> None:
     """Measures the systems in turns, then prints a table and, when asked, writes results/<device>.csv."""
     rows: list[dict[str, Any]] = []
@@ -164,7 +151,7 @@ def run_all(args: argparse.Namespace) -> None:
             child.close()
     table(rows)
     if args.record:
-        record(rows)
+        print(f"\nwritten: {record(cpu_name(), rows)}")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -174,17 +161,6 @@ def table(rows: list[dict[str, Any]]) -> None:
     for workload in dict.fromkeys(r["workload"] for r in rows):
         cells = {r["system"]: f"{r['tok_s']:.1f} ({r['ttft_s']:.2f})" for r in rows if r["workload"] == workload}
         print(f"{workload:16}" + "".join(f"{cells.get(s, '-'):>22}" for s in systems))
-
-
-def record(rows: list[dict[str, Any]]) -> None:
-    """Writes the figures to results/<device>.csv."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{device_name()}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"\nwritten: {path}")
 
 
 def main() -> None:

@@ -66,6 +66,9 @@ def up(
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes on the same ports.")] = 1,
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the OpenAI API.")] = HTTP_PORT,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gRPC API.")] = GRPC_PORT,
+    load_format: Annotated[
+        str, typer.Option(help="auto: the models' weights; dummy: random ones, for measuring without a checkpoint.")
+    ] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that the start may take.")] = 600.0,
     foreground: Annotated[bool, typer.Option("--foreground", help="Supervise here until Ctrl-C.")] = False,
 ) -> None:
@@ -78,6 +81,7 @@ def up(
         http_port=http_port,
         grpc_port=grpc_port,
         timeout_s=timeout,
+        load_format=load_format,
     )
     if foreground:
         raise typer.Exit(launch.foreground(request, RunDir(), _out))

@@ -40,6 +40,7 @@ class UpRequest:
     grpc_port: int
     timeout_s: float
     trainers: int = 1
+    load_format: str = "auto"  # dummy: random weights
 
     def shape(self) -> dict[str, object]:
         """For comparison with `MeshPlan.shape` of what runs."""
@@ -50,6 +51,7 @@ class UpRequest:
             "gateways": self.gateways,
             "http_port": self.http_port,
             "grpc_port": self.grpc_port,
+            "load_format": self.load_format,
         }
 
 
@@ -80,9 +82,10 @@ def prepare(request: UpRequest, run_dir: RunDir, console: Console) -> MeshPlan:
     # The ports before the models: a download is not wanted for a mesh that cannot listen.
     ports = {"http_port": request.http_port, "grpc_port": request.grpc_port}
     counts = {"workers": request.workers, "gateways": request.gateways, "trainers": request.trainers}
-    lay_out([], **counts, **ports)
-    models = [_find(name, source, console) for name, source in asked.items()]
-    return lay_out(models, **counts, **ports)
+    lay_out([], **counts, **ports, load_format=request.load_format)
+    text_only = request.load_format == "dummy"
+    models = [_find(name, source, console, text_only=text_only) for name, source in asked.items()]
+    return lay_out(models, **counts, **ports, load_format=request.load_format)
 
 
 def foreground(request: UpRequest, run_dir: RunDir, console: Console) -> int:
@@ -126,13 +129,13 @@ def _join(request: UpRequest, running: MeshState, run_dir: RunDir, console: Cons
     return _wait_ready(run_dir, running.pid, request.timeout_s, console)
 
 
-def _find(name: str, source: str, console: Console) -> ModelChoice:
+def _find(name: str, source: str, console: Console, *, text_only: bool) -> ModelChoice:
     def say(text: str) -> None:
         console.print(f"{name}: {text}", highlight=False)
 
     logging.getLogger("lmesh_kernels").setLevel(logging.ERROR)  # what it would warn of is told by `say`
     try:
-        files = resolve(source, progress=say)
+        files = resolve(source, progress=say, text_only=text_only)
     except ModelNotFoundError as error:
         raise LaunchError(f"model {name}: {error}") from error
     say(f"{files.path}")

@@ -13,6 +13,7 @@ from lmesh_cli import ports
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, GRPC_PORT, SCHEDULER_PORT, SCHEDULER_METRICS_PORT, WORKER_METRICS_PORT = 8000, 50051, 50052, 9102, 9103
 TRAINER_METRICS_PORT = 9203
+LOAD_FORMATS = ("auto", "dummy")
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 Json = dict[str, Any]
@@ -61,6 +62,7 @@ class MeshPlan:
     grpc_port: int
     scheduler_port: int
     scheduler_metrics_port: int
+    load_format: str = "auto"  # of every worker: auto, or dummy for random weights
 
     @property
     def http_address(self) -> str:
@@ -92,6 +94,7 @@ class MeshPlan:
             "gateways": self.gateways,
             "http_port": self.http_port,
             "grpc_port": self.grpc_port,
+            "load_format": self.load_format,
         }
 
     def to_json(self) -> Json:
@@ -128,12 +131,21 @@ def derived_id(source: str) -> str:
 
 
 def lay_out(
-    models: Sequence[ModelChoice], *, workers: int, gateways: int, http_port: int, grpc_port: int, trainers: int = 0
+    models: Sequence[ModelChoice],
+    *,
+    workers: int,
+    gateways: int,
+    http_port: int,
+    grpc_port: int,
+    trainers: int = 0,
+    load_format: str = "auto",
 ) -> MeshPlan:
     """The whole plan, with free ports for what clients do not see.
 
     `workers` is the number of workers of each model. Raises PortTakenError when a public port is taken.
     """
+    if load_format not in LOAD_FORMATS:
+        raise PlanError(f"--load-format {load_format}: write {' or '.join(LOAD_FORMATS)}")
     if http_port == grpc_port:
         raise PlanError(f"--http-port and --grpc-port are both {http_port}; give two different ports")
     ports.require(http_port, purpose="HTTP", option="--http-port")
@@ -165,4 +177,5 @@ def lay_out(
         grpc_port=grpc_port,
         scheduler_port=scheduler,
         scheduler_metrics_port=metrics,
+        load_format=load_format,
     )

@@ -117,6 +117,8 @@ def _worker(plan: MeshPlan, place: WorkerPlace, share: Mapping[str, str], folder
         "LMESH_WORKER_METRICS_PORT": str(place.metrics_port),
         "LMESH_WORKER_ARTIFACTS": folder["LMESH_WORKER_ARTIFACTS"],
     }
+    if plan.load_format != "auto":  # what the user exported holds unless they ask for another here
+        env["LMESH_WORKER_LOAD_FORMAT"] = plan.load_format
     return ServiceSpec(
         name=place.id,
         argv=_module("lmesh_worker"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,20 @@ def build(files: ModelFiles) -> Iterator[Build]:
 
 def start(key: int, ids: list[int], salt: str = "", choice: int = 0, **params: Any) -> Start:
     return Start(key, f"r{key}", choice, ids, len(ids), Params(**({"max_tokens": 8} | params)), salt)
+
+
+def test_random_weights_serve_without_a_checkpoint(tmp_path: Path, files: ModelFiles) -> None:
+    (tmp_path / "config.json").write_bytes((files.path / "config.json").read_bytes())
+    config = EngineConfig(device="cpu", load_format="dummy", kv_blocks=64, max_model_len=256)
+    engine = Engine(config, local_files(tmp_path))
+    try:
+        first = engine.generate([start(1, [1, 2, 3]), start(2, [4] * 40)])
+        assert {key: len(ids) for key, ids in first.items()} == {1: 8, 2: 8}
+        assert engine.generate([start(3, [1, 2, 3])])[3] == first[1]
+    finally:
+        engine.close()
+    with pytest.raises(ConfigError, match="load_format must be auto or dummy, not 'random'"):
+        EngineConfig(load_format="random")
 
 
 def drain(engine: Engine) -> list[StepReport]:

@@ -12,7 +12,8 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.models.config import ModelConfig, RopeConfig, load_config
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.registry import load_model
-from lmesh_kernels.models.weights import bind, bindings, read_safetensors
+from lmesh_kernels.models.safetensors_folder import read_safetensors
+from lmesh_kernels.models.weights import bind, bindings
 from lmesh_kernels.text.resolve import ModelFiles
 
 from tests.kernels.paged_runner import CPU, PagedRunner, make_batch

@@ -14,7 +14,7 @@ from lmesh_kernels.models.config import UnsupportedModelError, load_config
 from lmesh_kernels.models.gguf import LAYER_NAMES, TOP_NAMES
 from lmesh_kernels.models.gguf_file import GgufFile
 from lmesh_kernels.models.registry import load_model
-from lmesh_kernels.models.weights import WeightsError, read_safetensors
+from lmesh_kernels.models.safetensors_folder import WeightsError, read_safetensors
 from lmesh_kernels.text.resolve import ModelFiles, resolve
 
 from tests.kernels.paged_runner import CPU, PagedRunner

@@ -8,7 +8,8 @@ import pytest
 import torch
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.decoder import Decoder
-from lmesh_kernels.models.weights import WeightsError, bind, bindings, read_safetensors, safetensors_files
+from lmesh_kernels.models.safetensors_folder import WeightsError, read_safetensors, safetensors_files
+from lmesh_kernels.models.weights import bind, bindings
 from safetensors.torch import save_file
 
 from tests.kernels.paged_runner import CPU

@@ -199,6 +199,8 @@ def test_one_worker_at_a_time_is_asked_for_what_is_needed() -> None:
         ("base+nf4", "base", False, False),
         ("base+nf4", "base", True, True),
         ("base", "base+nf4", True, True),
+        ("base", "dummy-base", True, False),  # random weights are no recipe of the base
+        ("", "dummy-base", False, True),  # as measuring adapters without a checkpoint wants it
     ],
 )
 def test_an_adapter_fits_its_own_base(trained_on: str, served: str, waived: bool, expected: bool) -> None:

@@ -121,6 +121,17 @@ class TestPlan:
         order = sorted(specs.values(), key=lambda s: s.stop_stage)
         assert order[0].name == "gateway" and order[-1].name == "scheduler"
 
+    def test_random_weights_are_the_workers_matter(self) -> None:
+        http, grpc = ports.pick(2)
+        made = lay_out([SMALL], workers=1, gateways=1, http_port=http, grpc_port=grpc, load_format="dummy")
+        assert MeshPlan.from_json(json.loads(json.dumps(made.to_json()))).load_format == "dummy"
+        assert made.shape()["load_format"] == "dummy" != plan(SMALL).shape()["load_format"]
+        user = {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"}
+        assert built(made, user)["worker-0"].env["LMESH_WORKER_LOAD_FORMAT"] == "dummy"
+        assert "LMESH_WORKER_LOAD_FORMAT" not in built(plan(SMALL), user)["worker-0"].env  # what is exported holds
+        with pytest.raises(PlanError, match="auto or dummy"):
+            lay_out([SMALL], workers=1, gateways=1, http_port=http, grpc_port=grpc, load_format="fast")
+
     def test_trainer(self) -> None:
         made = plan(SMALL, trainers=2)
         specs = built(made, {"LMESH_SCHEDULER_REDIS_URL": "redis://mine"})

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Quantisation = Literal["none", "nf4"]
 """How the weights of the layers' products are held: as in the checkpoint's dtype, or in NF4 (see `quant.nf4`)."""
+LoadFormat = Literal["auto", "dummy"]
+"""Where weights come from: the checkpoint, or (dummy) a random generator, for measuring without one."""
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 
 

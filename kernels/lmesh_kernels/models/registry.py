@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmesh_kernels.models.config import ModelConfig, Quantisation, load_config
+from lmesh_kernels.models.config import LoadFormat, ModelConfig, Quantisation, load_config
 from lmesh_kernels.models.decoder import Decoder
+from lmesh_kernels.models.dummy import fill_dummy
 from lmesh_kernels.models.growth import Growth, grown_tensors
-from lmesh_kernels.models.weights import bind, read_safetensors
+from lmesh_kernels.models.safetensors_folder import WeightsError, read_safetensors, stored_tensors
+from lmesh_kernels.models.staged_reads import StagedReads
+from lmesh_kernels.models.weights import bind
+from lmesh_kernels.platforms.platform import Platform
 from lmesh_kernels.quant.nf4 import Nf4Tensor
 
 if TYPE_CHECKING:
@@ -27,12 +31,18 @@ def load_model(
     device: torch.device,
     quantisation: Quantisation | None = None,
     growth: Growth | None = None,
+    load_format: LoadFormat = "auto",
+    platform: Platform | None = None,
 ) -> Decoder:
-    """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, tensor by tensor.
+    """Allocate the decoder on `device` in `dtype` and copy the checkpoint into it, or make random weights there.
 
-    `quantisation` of the layers' products; None takes the checkpoint's own. `growth` gives it a larger vocabulary.
+    `quantisation` of the layers' products; None takes the checkpoint's own. `growth` gives it a larger vocabulary. With
+    the `platform` of the device, files are read by several threads through its staging memory; without, and where the
+    vocabulary grows, tensor by tensor.
     Raises UnsupportedModelError for what is not computed here and WeightsError for a checkpoint that does not fit.
     """
+    if load_format == "dummy" and files.format == "gguf":
+        raise WeightsError("DUMMY_OF_GGUF", f"{files.path.name}: load_format dummy takes a folder with a config.json")
     config = load_config(files)
     chosen = config.quantisation if quantisation is None else quantisation
     tensors = read_tensors(files, config)
@@ -40,7 +50,13 @@ def load_model(
         config = growth.config(config)
         tensors = grown_tensors(tensors, growth, config.vocab_size)
     decoder = Decoder(config, dtype=dtype, device=device, quantisation=chosen).eval()
-    bind(decoder, tensors)
+    if load_format == "dummy":
+        fill_dummy(decoder)
+    elif platform is None or platform.device.type == "cpu" or files.format == "gguf" or growth is not None:
+        bind(decoder, tensors)
+    else:
+        with StagedReads(platform) as reads:
+            bind(decoder, stored_tensors(files.path), reads)
     return decoder
 
 

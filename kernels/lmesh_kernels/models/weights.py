@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.row_shard import RowShard
-from lmesh_kernels.quant.bitsandbytes_tensors import QuantisedTensorError, owner, read_nf4
+from lmesh_kernels.models.safetensors_folder import StoredTensor, WeightsError, some
+from lmesh_kernels.models.staged_reads import StagedReads
 from lmesh_kernels.quant.nf4 import Nf4Tensor, dequantise
 from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 Slot = Tensor | Nf4Matrix | RowShard
+Weight = Tensor | Nf4Tensor | StoredTensor
 
 # Buffers that older checkpoints saved and the config determines.
 IGNORABLE = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
-
-
-class WeightsError(ValueError):
-    """A checkpoint and a decoder that do not fit; `reason` is UPPER_SNAKE, the message names the tensors."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,19 +75,25 @@ def _layer_bindings(config: ModelConfig, layer: int) -> dict[str, Binding]:
     return table
 
 
-def bind(decoder: Decoder, tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) -> None:
+def bind(decoder: Decoder, tensors: Iterable[tuple[str, Weight]], reads: StagedReads | None = None) -> None:
     """Copy named tensors into the decoder's slots, one at a time, cast to its dtype, or quantised where it is.
 
+    Stored tensors need `reads`, which must have ended before the slots are read.
     Raises WeightsError naming tensors that have no slot, a wrong shape or come twice, and slots left unfilled.
     """
-    fill(decoder.config, _slots(decoder), tensors)
+    fill(decoder.config, _slots(decoder), tensors, reads)
 
 
-def fill(config: ModelConfig, slots: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor | Nf4Tensor]]) -> None:
+def fill(
+    config: ModelConfig,
+    slots: Mapping[str, Slot],
+    tensors: Iterable[tuple[str, Weight]],
+    reads: StagedReads | None = None,
+) -> None:
     """As `bind`, into slots that lie elsewhere than in a decoder."""
     table = bindings(config)
     seen: set[str] = set()
-    copies: list[tuple[str, Tensor | Nf4Tensor]] = []
+    copies: list[tuple[str, Weight]] = []
     unknown: list[str] = []
     for name, tensor in tensors:
         if IGNORABLE.match(name):
@@ -106,16 +103,16 @@ def fill(config: ModelConfig, slots: Mapping[str, Slot], tensors: Iterable[tuple
         elif table[name].duplicate:
             copies.append((name, tensor))
         else:
-            _copy(name, tensor, table[name], slots, seen, config.quantisation)
+            _copy(name, tensor, table[name], slots, seen, config.quantisation, reads)
     if unknown:
-        raise WeightsError("UNKNOWN_TENSORS", f"tensors without a slot: {_some(unknown)}")
+        raise WeightsError("UNKNOWN_TENSORS", f"tensors without a slot: {some(unknown)}")
     missing = [name for name, place in table.items() if not place.duplicate and name not in seen]
     if missing:
-        raise WeightsError("MISSING_TENSORS", f"tensors the checkpoint lacks: {_some(missing)}")
+        raise WeightsError("MISSING_TENSORS", f"tensors the checkpoint lacks: {some(missing)}")
     for name, tensor in copies:
         target = slots[table[name].slot]
         assert not isinstance(target, Nf4Matrix)  # quantised are the layers' products, and those are never tied
-        _check_copy(name, tensor, target)
+        _check_copy(name, tensor, target, reads)
 
 
 def _slots(decoder: Decoder) -> dict[str, Slot]:
@@ -128,11 +125,12 @@ def _slots(decoder: Decoder) -> dict[str, Slot]:
 
 def _copy(
     name: str,
-    tensor: Tensor | Nf4Tensor,
+    tensor: Weight,
     place: Binding,
     slots: Mapping[str, Slot],
     seen: set[str],
     stored: Quantisation,
+    reads: StagedReads | None,
 ) -> None:
     if name in seen:
         raise WeightsError("DUPLICATE_TENSOR", f"tensor {name} is in the checkpoint twice")
@@ -140,9 +138,13 @@ def _copy(
     _check_shape(name, tensor, (place.rows, *slot.shape[1:]))
     if isinstance(slot, Nf4Matrix):
         # What a quantised checkpoint left in its dtype stays so: an adapter was trained on it as it is.
-        slot.put(place.start, tensor, keep=stored == "nf4")
+        slot.put(place.start, _read_now(tensor, slot.device, reads), keep=stored == "nf4")
     elif isinstance(tensor, Nf4Tensor):
         _put(slot, place, dequantise(tensor, slot.dtype))
+    elif isinstance(tensor, StoredTensor):
+        assert reads is not None
+        assert isinstance(slot, Tensor)  # sharded slots are filled from mapped files
+        reads.read(tensor, slot[place.start : place.start + place.rows])
     else:
         _put(slot, place, tensor)
     seen.add(name)
@@ -155,16 +157,30 @@ def _put(slot: Tensor | RowShard, place: Binding, tensor: Tensor) -> None:
         slot[place.start : place.start + place.rows].copy_(tensor)
 
 
-def _check_shape(name: str, tensor: Tensor | Nf4Tensor, due: tuple[int, ...]) -> None:
+def _read_now(tensor: Weight, device: torch.device, reads: StagedReads | None) -> Tensor | Nf4Tensor:
+    """A stored tensor as one on `device`, in its own dtype; any other as it is."""
+    if not isinstance(tensor, StoredTensor):
+        return tensor
+    assert reads is not None
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    reads.read(tensor, there)
+    reads.wait()
+    return there
+
+
+def _check_shape(name: str, tensor: Weight, due: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != due:
         shapes = f"{tuple(tensor.shape)}, not {due}"
         raise WeightsError("SHAPE_MISMATCH", f"tensor {name} has shape {shapes} as the config says")
 
 
-def _check_copy(name: str, tensor: Tensor | Nf4Tensor, target: Tensor | RowShard) -> None:
+def _check_copy(name: str, tensor: Weight, target: Tensor | RowShard, reads: StagedReads | None) -> None:
     """A tied checkpoint may carry its head again; a different one would be silently lost."""
     _check_shape(name, tensor, tuple(target.shape))
-    if isinstance(tensor, Nf4Tensor) or not _same(tensor, target):
+    if reads is not None:
+        reads.wait()  # for the embedding itself
+    read = tensor if isinstance(target, RowShard) else _read_now(tensor, target.device, reads)
+    if isinstance(read, Nf4Tensor | StoredTensor) or not _same(read, target):
         raise WeightsError("UNTIED_HEAD", f"{name} differs from the embedding, but tie_word_embeddings is set")
 
 
@@ -172,48 +188,3 @@ def _same(tensor: Tensor, target: Tensor | RowShard) -> bool:
     if isinstance(target, RowShard):
         return target.holds(tensor)
     return torch.equal(tensor.to(target.dtype), target.to(tensor.device))
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(sorted(names)[:8]) + rest
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The checkpoint's files: those of its index, or the single one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise WeightsError("MISSING_SHARDS", f"{folder} lacks {_some(absent)}, named by its index")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise WeightsError("NO_SAFETENSORS", f"{folder} has no model.safetensors nor an index of shards")
-    return [single]
-
-
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor | Nf4Tensor]]:
-    """Name and tensor of all shards; tensors are views into the mapped file, read as they are copied.
-
-    What bitsandbytes packed comes as one NF4 tensor. Raises WeightsError, also with the reasons of `read_nf4`.
-    """
-    for path in safetensors_files(folder):
-        with safe_open(path, framework="pt") as shard:
-            beside: dict[str, list[str]] = {}
-            for part in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                if (name := owner(part)) is not None:
-                    beside.setdefault(name, []).append(part)
-            for name in shard.keys():  # noqa: SIM118
-                if name in beside:
-                    yield name, _packed(name, {part: shard.get_tensor(part) for part in (name, *beside[name])})
-                elif owner(name) is None:
-                    yield name, shard.get_tensor(name)
-
-
-def _packed(name: str, parts: dict[str, Tensor]) -> Nf4Tensor:
-    try:
-        return read_nf4(name, parts)
-    except QuantisedTensorError as error:
-        raise WeightsError(error.reason, str(error)) from error

@@ -39,6 +39,15 @@ def base_digest(files: ModelFiles, *, nf4: bool = False) -> str:
     return f"{digest}+nf4" if nf4 and not is_quantised(files) else digest
 
 
+def dummy_digest(files: ModelFiles, *, nf4: bool = False) -> str:
+    """Of a base whose weights are random (load format `dummy`): "dummy-" and the digest of its configuration.
+
+    No weights are read. No real base has such a digest, so what was trained on one never fits the other.
+    """
+    digest = f"dummy-{_combined([files.path / 'config.json'])}"
+    return f"{digest}+nf4" if nf4 and not is_quantised(files) else digest
+
+
 def is_quantised(files: ModelFiles) -> bool:
     """Whether the checkpoint's own configuration says that its weights are quantised."""
     if files.format == "gguf":

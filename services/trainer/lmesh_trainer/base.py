@@ -69,6 +69,7 @@ def load_base(
         device=platform.device,
         quantisation=quantisation,
         growth=growth(spec, files),
+        platform=platform,
     )
     return ResidentHome(decoder)
 

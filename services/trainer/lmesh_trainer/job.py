@@ -17,7 +17,7 @@ from lmesh_kernels.lora.sites import sites
 from lmesh_kernels.models.config import ModelConfig, UnsupportedModelError
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.parameters import Precision
-from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.models.safetensors_folder import WeightsError
 from lmesh_kernels.platforms.platform import Platform, PlatformError
 from lmesh_kernels.text.digests import base_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve

@@ -8,7 +8,7 @@ import sys
 from lmesh_chassis import lifecycle, logs, tls, tracing
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.settings import exit_unless, load_or_exit
-from lmesh_kernels.text.digests import base_digest, text_digest
+from lmesh_kernels.text.digests import base_digest, dummy_digest, text_digest
 from lmesh_kernels.text.resolve import ModelFiles, ModelNotFoundError, resolve
 
 from lmesh_worker.config import WorkerSettings, model_id_of
@@ -26,10 +26,15 @@ def main() -> None:
     exit_unless(lambda: tls.from_settings(settings), service="worker")
     lifecycle.die_with_parent()
     try:
-        files = resolve(settings.model)
+        files = resolve(settings.model, text_only=settings.load_format == "dummy")
     except ModelNotFoundError as error:
         _log.error("no such model", extra={"model": settings.model, "detail": str(error)})
         sys.exit(2)
+    if settings.load_format == "dummy":
+        if files.format == "gguf":
+            _log.error("load_format dummy takes a folder with a config.json", extra={"model": settings.model})
+            sys.exit(2)
+        _log.warning("random weights are served (load_format dummy)", extra={"model": settings.model})
     model = _identity(settings, files)
     # Before any thread, exporter or gRPC: the engine must be the child of this thread and inherit nothing else.
     engine = EngineClient.spawn(model.source, engine_config(settings, model.digest))
@@ -45,10 +50,11 @@ async def _serve(settings: WorkerSettings, model: ModelIdentity, engine: EngineC
 
 
 def _identity(settings: WorkerSettings, files: ModelFiles) -> ModelIdentity:
+    digest_of = dummy_digest if settings.load_format == "dummy" else base_digest
     return ModelIdentity(
         model_id=settings.model_id or model_id_of(settings.model),
         source=files.source,
-        digest=base_digest(files, nf4=settings.quantization == "nf4"),
+        digest=digest_of(files, nf4=settings.quantization == "nf4"),
         text_digest=text_digest(files),
     )
 
@@ -59,6 +65,7 @@ def engine_config(settings: WorkerSettings, digest: str) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        load_format=settings.load_format,
         block_size=settings.block_size,
         kv_blocks=settings.kv_blocks,
         kv_cache_bytes=settings.kv_cache_bytes,

@@ -23,6 +23,7 @@ class WorkerSettings(ChassisSettings):
     device: Literal["auto", "cpu", "cuda", "rocm", "xpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "nf4"] = "auto"  # auto: as the checkpoint is
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights; the model may be a folder without any
     max_seqs: int = 0
     max_step_tokens: int = 0
     block_size: int = 16

@@ -13,7 +13,7 @@ from lmesh_kernels import platforms
 from lmesh_kernels.lora.peft_config import AdapterFilesError
 from lmesh_kernels.lora.peft_files import read_adapter
 from lmesh_kernels.models.config import UnsupportedModelError, load_config
-from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.models.safetensors_folder import WeightsError
 from lmesh_kernels.platforms.platform import PlatformError
 from lmesh_kernels.text.resolve import ModelNotFoundError, resolve
 

@@ -15,6 +15,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # auto | cpu | cuda | rocm | xpu
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     quantization: str = "auto"  # auto (the checkpoint's own) | none | nf4
+    load_format: str = "auto"  # auto (the checkpoint) | dummy (random weights, made on the device)
     block_size: int = 16  # tokens a KV block
     kv_blocks: int = 0  # overrides the plan
     kv_cache_bytes: int = 0  # overrides the plan, in bytes
@@ -43,5 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"pipeline_depth must be 0, 1 or -1 (the platform chooses), not {self.pipeline_depth}")
         if self.quantization not in ("auto", "none", "nf4"):
             raise ConfigError(f"quantization must be auto, none or nf4, not {self.quantization!r}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format must be auto or dummy, not {self.load_format!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")

@@ -15,7 +15,7 @@ from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.config import load_config
 from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.platforms.platform import Pending
-from lmesh_kernels.text.digests import base_digest
+from lmesh_kernels.text.digests import base_digest, dummy_digest
 from lmesh_kernels.text.resolve import ModelFiles
 
 from lmesh_worker.engine.adapters import ADAPTER_NOT_LOADED, Adapters
@@ -50,7 +50,14 @@ class Engine:
         self.depth = config.pipeline_depth if config.pipeline_depth >= 0 else int(self.platform.overlaps)
         self.plan: MemoryPlan = plan_memory(config, model, self.platform)
         plan = self.plan
-        decoder = load_model(files, dtype=plan.dtype, device=self.platform.device, quantisation=plan.quantisation)
+        decoder = load_model(
+            files,
+            dtype=plan.dtype,
+            device=self.platform.device,
+            quantisation=plan.quantisation,
+            load_format="dummy" if config.load_format == "dummy" else "auto",
+            platform=self.platform,
+        )
         if plan.pack_weights:
             decoder.pack()
         # One more than the pool hands out: what rows that fill up a batch write goes there.
@@ -78,7 +85,8 @@ class Engine:
             bank=self.adapters.bank,
         )
         self.limits = Limits(max_model_len=plan.max_model_len, vocab_size=model.vocab_size)
-        self._digest = config.model_digest or base_digest(files, nf4=plan.quantisation == "nf4")
+        digest_of = dummy_digest if config.load_format == "dummy" else base_digest
+        self._digest = config.model_digest or digest_of(files, nf4=plan.quantisation == "nf4")
         self._roots: dict[tuple[str, str], bytes] = {}
         self._live: dict[int, Sequence] = {}
         self._commit = Committer(self.batcher, self._forget)

@@ -16,7 +16,7 @@ import sys
 import msgspec
 from lmesh_kernels.blocks import granule_blocks
 from lmesh_kernels.models.config import UnsupportedModelError
-from lmesh_kernels.models.weights import WeightsError
+from lmesh_kernels.models.safetensors_folder import WeightsError
 from lmesh_kernels.platforms.platform import PlatformError
 from lmesh_kernels.text.resolve import ModelNotFoundError, resolve
 
@@ -74,7 +74,7 @@ def _serve(channel: Channel, source: str) -> int:
     try:
         config = msgspec.msgpack.decode(channel.first_frame(), type=EngineConfig)
         channel.send(ProgressChange(Progress.COMPILING))
-        engine = Engine(config, resolve(source))
+        engine = Engine(config, resolve(source, text_only=config.load_format == "dummy"))
         engine.warm_up()
     except _START_ERRORS as error:
         channel.send(Fatal("ENGINE_START_FAILED", str(error)))
