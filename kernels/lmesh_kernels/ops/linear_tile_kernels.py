@@ -1,7 +1,7 @@
 """Rows by a weight matrix in tiles, in Triton, on the matrix units; silu(gate) * up in the same pass where wanted.
 
 Operands come through tensor descriptors: on Hopper its copy engine then fills the pipeline (64 rows, 16384 x 2048:
-19.3 us, by addresses 22.5), elsewhere the compiler makes addresses of them. A row's sums are made in the order of the
+18.7 us, by addresses 22.5), elsewhere the compiler makes addresses of them. A row's sums are made in the order of the
 inputs whatever the tile, so they do not depend on how many rows there are.
 """
 
@@ -23,6 +23,13 @@ def _add(v, w, sums, SWAPPED: tl.constexpr):
     else:
         sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")
     return sums
+
+
+@triton.jit
+def _biased(sums, own, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        sums = tl.trans(sums)
+    return sums + own[None, :]
 
 
 # `outputs` is left to be specialised: known to be a multiple of 16 it lets results be written 16 bytes at a time, half
@@ -52,8 +59,14 @@ def _tile(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    row = first_row + tl.arange(0, BLOCK_M)
+    output = first_output + tl.arange(0, BLOCK_N)
+    known = output < outputs
+    # Ahead of the loop: behind it, 64 rows of a gated 6144 x 1024 took 7.7 us and not 6.3, with no bias to load at all.
+    own = tl.load(bias + output, mask=known & (has_bias != 0), other=0.0).to(tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     if GATED:
+        own_up = tl.load(bias + outputs + output, mask=known & (has_bias != 0), other=0.0).to(tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, inputs, BLOCK_K):
             w = weight.load([first_output, start])
@@ -61,23 +74,14 @@ def _tile(
             v = x.load([first_row, start])
             sums = _add(v, w, sums, SWAPPED)
             up = _add(v, w_up, up, SWAPPED)
+        gate = _biased(sums, own, SWAPPED)
+        sums = gate / (1.0 + tl.exp(-gate)) * _biased(up, own_up, SWAPPED)
     else:
         for start in range(0, inputs, BLOCK_K):
             w = weight.load([first_output, start])
             v = x.load([first_row, start])
             sums = _add(v, w, sums, SWAPPED)
-    row = first_row + tl.arange(0, BLOCK_M)
-    output = first_output + tl.arange(0, BLOCK_N)
-    known = output < outputs
-    biased = known & (has_bias != 0)
-    if SWAPPED:
-        sums = tl.trans(sums)
-    sums += tl.load(bias + output, mask=biased, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        if SWAPPED:
-            up = tl.trans(up)
-        up += tl.load(bias + outputs + output, mask=biased, other=0.0).to(tl.float32)[None, :]
-        sums = sums / (1.0 + tl.exp(-sums)) * up
+        sums = _biased(sums, own, SWAPPED)
     target = y + row.to(tl.int64)[:, None] * y_stride + output[None, :]
     tl.store(target, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & known[None, :])
 

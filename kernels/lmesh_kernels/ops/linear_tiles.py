@@ -1,7 +1,7 @@
 """Which tile a product with a weight matrix runs on, from its shape alone: nothing is tuned while serving.
 
 Few tiles, so that few kernels are compiled at start. Figures: one H200, bfloat16, in a CUDA graph over weights of more
-than the cache, microseconds, cuBLAS' in brackets (benchmarks/linear.py; the device copies at 4.27 TB/s).
+than the cache, microseconds, cuBLAS' in brackets (benchmarks/linear.py; the device copies at 4.26 TB/s).
 """
 
 from __future__ import annotations
@@ -100,17 +100,17 @@ def launch_options(warps: int, stages: int, pdl: bool) -> dict[str, Any]:
 def row_tile(outputs: int, inputs: int) -> RowTile:
     """For one row."""
     if inputs < 2048:
-        return RowTile(4, 512, 4)  # 4096 x 1024 3.4 (5.7), 151936 x 1024 72.7 (78.2)
+        return RowTile(4, 512, 4)  # 4096 x 1024 3.5 (5.9), 151936 x 1024 71.6 (75.0)
     if outputs <= 4096:
-        return RowTile(8, 1024, 8)  # 2048 x 2048 3.2 (6.1), 2048 x 8192 9.5 (13.4), 4096 x 14336 30.1 (32.1)
-    return RowTile(4, 1024, 4)  # 16384 x 2048 18.8 (18.7), 28672 x 4096 55.7 (61.3), 128256 x 2048 118 (127)
+        return RowTile(8, 1024, 8)  # 2048 x 2048 3.1 (6.0), 2048 x 8192 9.2 (13.6), 4096 x 14336 29.9 (31.9)
+    return RowTile(4, 1024, 4)  # 16384 x 2048 18.1 (18.1), 28672 x 4096 56.0 (56.6), 128256 x 2048 117 (122)
 
 
 def norm_tile(inputs: int, device: DeviceFacts, *, gated: bool) -> NormTile:
     """For one row with its norm: 16 KiB of weights a program and step, four programs a multiprocessor.
 
-    The norm costs nothing beside the weights: 6144 x 4096 13.6, 3072 x 2048 4.3, gated 28672 x 4096 55.0, gated
-    16384 x 2048 17.6, without a launch for the norm or for silu * mul.
+    The norm costs nothing beside the weights: 6144 x 4096 13.8 (17.7), 3072 x 2048 4.2 (6.1), gated 28672 x
+    4096 54.5 (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
     """
     width = 1 << (inputs - 1).bit_length()
     rows = max(1, (4096 if gated else 8192) // width)
@@ -126,19 +126,19 @@ def product_tile(rows: int, outputs: int, device: DeviceFacts, *, always: bool =
     and a row's sums are then made in one order by all of them.
     """
     if rows <= 16:
-        tile = ProductTile(16, 64, 256, 4, 5, swapped=True)  # 4096 x 4096 10.0 (13.3), 28672 x 4096 57.4 (61.5)
+        tile = ProductTile(16, 64, 256, 4, 5, swapped=True)  # 4096 x 4096 9.7 (13.4), 28672 x 4096 57.6 (61.3)
     elif rows <= 32:
-        tile = ProductTile(32, 64, 256, 4, 4, swapped=True)  # 4096 x 4096 11.0 (13.7), 28672 x 4096 60.4 (58.9)
+        tile = ProductTile(32, 64, 256, 4, 4, swapped=True)  # 4096 x 4096 10.6 (13.7), 28672 x 4096 59.5 (61.9)
     elif rows <= 64 and outputs <= 4096:
-        tile = ProductTile(64, 32, 256, 4, 4)  # 64 rows: 2048 x 2048 4.9 (6.3), 4096 x 14336 32.3 (36.1)
+        tile = ProductTile(64, 32, 256, 4, 4)  # 64 rows: 2048 x 2048 4.8 (6.2), 4096 x 14336 32.1 (36.0)
     elif rows <= 64 and outputs > 8192:
-        tile = ProductTile(64, 128, 128, 4, 4)  # 64 rows: 16384 x 2048 18.5 (19.1), 128256 x 4096 250 (272)
+        tile = ProductTile(64, 128, 128, 4, 4)  # 64 rows: 16384 x 2048 18.7 (19.3), 128256 x 4096 249 (271)
     elif rows <= 64 or (rows <= MOST_ROWS and outputs <= 4096):
-        tile = ProductTile(64, 64, 128, 4, 5)  # 64: 6144 x 4096 16.5 (16.3); 128: 2048 x 2048 5.9 (6.6)
+        tile = ProductTile(64, 64, 128, 4, 5)  # 64: 6144 x 4096 16.7 (16.5); 128: 2048 x 2048 5.9 (6.6)
     elif not always:
         return None
-    elif rows <= 512 and outputs <= 4096:
-        tile = ProductTile(128, 64, 128, 4, 4)  # 256 rows: 4096 x 4096 16.3 (18.2), 2048 x 8192 25.8 (19.4)
+    elif (rows <= 512 and outputs <= 4096) or (rows <= MOST_ROWS and outputs <= 8192):
+        tile = ProductTile(128, 64, 128, 4, 4)  # 256 rows: 4096 x 4096 16.2 (16.7), 2048 x 8192 26.3 (20.6)
     else:
         tile = ProductTile(128, 128, 64, 4, 4)  # 2048 rows: 6144 x 4096 150 (141), 28672 x 4096 706 (606)
     return _fitted(tile, device, factors=1)
@@ -150,15 +150,15 @@ def gated_tile(rows: int, outputs: int, device: DeviceFacts, *, always: bool = F
     In brackets cuBLAS' product alone, which a launch of silu * mul would follow.
     """
     if rows <= 16:
-        tile = ProductTile(16, 64, 128, 4, 4, swapped=True)  # 8192 x 2048 17.7 (18.4), 14336 x 4096 56.4 (61.5)
+        tile = ProductTile(16, 64, 128, 4, 4, swapped=True)  # 8192 x 2048 17.5 (18.4), 14336 x 4096 58.3 (61.3)
     elif rows <= 32:
-        tile = ProductTile(32, 64, 128, 4, 4, swapped=True)  # 8192 x 2048 18.4 (19.4), 14336 x 4096 59.2 (58.9)
+        tile = ProductTile(32, 64, 128, 4, 4, swapped=True)  # 8192 x 2048 17.9 (18.8), 14336 x 4096 58.5 (61.9)
     elif rows <= 64 or (rows <= MOST_ROWS and outputs <= 4096):
-        tile = ProductTile(64, 64, 128, 4, 4)  # 64 rows: 8192 x 2048 19.6 (19.1), 14336 x 4096 61.3 (61.0)
+        tile = ProductTile(64, 64, 128, 4, 4)  # 64 rows: 8192 x 2048 18.7 (19.3), 14336 x 4096 60.5 (61.2)
     elif rows <= MOST_ROWS:
-        tile = ProductTile(128, 64, 64, 4, 5)  # 128 rows: 8192 x 2048 20.5 (21.2), 14336 x 4096 66.3 (66.3)
+        tile = ProductTile(128, 64, 64, 4, 5)  # 128 rows: 8192 x 2048 20.5 (21.1), 14336 x 4096 66.9 (65.8)
     elif always or (rows <= _MOST_GATED_ROWS and outputs >= 8192):
-        tile = ProductTile(128, 128, 64, 8, 4)  # 256 rows: 8192 x 2048 27.3 (26.2), 14336 x 4096 94.2 (89.4)
+        tile = ProductTile(128, 128, 64, 8, 4)  # 256 rows: 8192 x 2048 27.0 (25.7), 14336 x 4096 99.6 (91.6)
     else:
         return None
     return _fitted(tile, device, factors=2)
