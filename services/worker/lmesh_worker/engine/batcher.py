@@ -226,6 +226,7 @@ class Batcher:
         insort(self.running, sequence, key=lambda s: s.rank)
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
+        sequence.counted = False
         sequence.computed = cached
         sequence.registered = cached // self.block_size
         if not sequence.first_scheduled_at:

@@ -44,11 +44,11 @@ class StepBuffers:
     """All buffers of one step in flight; an engine has one set for each step that may be in flight at once."""
 
     def __init__(self, platform: Platform, *, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
-        self.int64 = Packed(platform, 6 * max_tokens + 7 * max_seqs, torch.int64)
+        self.int64 = Packed(platform, 6 * max_tokens + 9 * max_seqs, torch.int64)
         # Of the adapters' tiles, of 16 rows at least but the last of each adapter.
         tiles = max_tokens + 3 * (max_tokens // 16 + max_seqs)
         self.int32 = Packed(platform, 3 * max_seqs + 1 + max_seqs * max_blocks + tiles, torch.int32)
-        self.float32 = Packed(platform, 2 * max_seqs, torch.float32)
+        self.float32 = Packed(platform, 6 * max_seqs, torch.float32)
         self.out_ids = platform.staging((max_seqs,), torch.int64)
         self.out_finite = platform.staging((max_seqs,), torch.bool)
 

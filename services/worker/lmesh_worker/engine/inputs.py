@@ -8,12 +8,13 @@ from itertools import accumulate, repeat
 import numpy as np
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.lora.bank import AdapterBank, Resident
-from lmesh_kernels.ops.sample import SampleHints, seed_to_int64
+from lmesh_kernels.ops.sample_params import SampleHints, SampleParams, score_floor, seed_to_int64
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
 from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
 from torch import Tensor
 
 from lmesh_worker.engine.buffers import StepBuffers
+from lmesh_worker.engine.logit_tables import Adjusting, LogitTables
 from lmesh_worker.engine.plan import Row, StepPlan
 
 
@@ -23,13 +24,9 @@ class Sampling:
 
     rows: Tensor  # [R] int64, index of each one's last token in the step
     slots: Tensor  # [R] int64, where each one's new id is kept on the device
-    temperature: Tensor
-    top_p: Tensor
-    top_k: Tensor
-    seed: Tensor
-    choice: Tensor
-    position: Tensor  # [R] int64, absolute position of the new id
+    params: SampleParams
     hints: SampleHints
+    adjusting: Adjusting | None  # penalties and biases, where some row has them
     scored: Tensor  # [L] int64: which of the R want log-probabilities
     alternatives: dict[int, int]  # by index among the R, of those L in order: how many alternatives
 
@@ -55,13 +52,15 @@ class StepInputs:
     num_samples: int
 
 
-def build_inputs(plan: StepPlan, buffers: StepBuffers, block_size: int, bank: AdapterBank) -> StepInputs:
+def build_inputs(
+    plan: StepPlan, buffers: StepBuffers, block_size: int, bank: AdapterBank, tables: LogitTables
+) -> StepInputs:
     """Fills `buffers` for `plan`; nothing of it is read again after the launch but what this returns."""
     buffers.clear()
     begins = [0, *accumulate(row.count for row in plan.rows)]
     adapters = _adapters(plan.rows, buffers, begins, bank)
     batch, token_slots = _batch(plan, buffers, block_size, begins, adapters)
-    sampling = _sampling(plan.rows, buffers, begins)
+    sampling = _sampling(plan.rows, buffers, begins, tables)
     scoring = (_scoring(i, row, begins[i], buffers) for i, row in enumerate(plan.rows) if row.prompt_logits)
     return StepInputs(batch, token_slots, sampling, tuple(s for s in scoring if s is not None), len(sampling.slots))
 
@@ -166,23 +165,27 @@ def _ids(rows: list[Row], total: int) -> tuple[list[int], list[int]]:
     return ids, slots
 
 
-def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int]) -> Sampling:
+def _sampling(rows: list[Row], buffers: StepBuffers, begins: list[int], tables: LogitTables) -> Sampling:
     picked = [(row.sequence, row, begins[i + 1] - 1) for i, row in enumerate(rows) if row.samples]
     params = [s.params for s, _, _ in picked]
     count = len(picked)
     temperature, top_p = [p.temperature for p in params], [p.top_p for p in params]
-    top_k = [p.top_k for p in params]
+    top_k, min_p = [p.top_k for p in params], [p.min_p for p in params]
     alternatives = {i: p.logprobs for i, p in enumerate(params) if p.logprobs >= 0}
     return Sampling(
         rows=buffers.int64.put([last for _, _, last in picked], count),
         slots=buffers.int64.put([s.slot for s, _, _ in picked], count),
-        temperature=buffers.float32.put(temperature, count),
-        top_p=buffers.float32.put(top_p, count),
-        top_k=buffers.int32.put(top_k, count),
-        seed=buffers.int64.put([seed_to_int64(p.seed) for p in params], count),
-        choice=buffers.int64.put([s.choice for s, _, _ in picked], count),
-        position=buffers.int64.put([row.start + row.count for _, row, _ in picked], count),
-        hints=SampleHints.of(temperature, top_p, top_k),
+        params=SampleParams(
+            temperature=buffers.float32.put(temperature, count),
+            top_p=buffers.float32.put(top_p, count),
+            top_k=buffers.int32.put(top_k, count),
+            floor=buffers.float32.put([score_floor(m) for m in min_p], count),
+            seed=buffers.int64.put([seed_to_int64(p.seed) for p in params], count),
+            choice=buffers.int64.put([s.choice for s, _, _ in picked], count),
+            position=buffers.int64.put([row.start + row.count for _, row, _ in picked], count),
+        ),
+        hints=SampleHints.of(temperature, top_p, top_k, min_p),
+        adjusting=tables.build([s for s, _, _ in picked], buffers),
         scored=buffers.int64.put(list(alternatives), len(alternatives)),
         alternatives=alternatives,
     )

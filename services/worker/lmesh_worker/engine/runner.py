@@ -12,12 +12,13 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.logprobs import token_logprobs
-from lmesh_kernels.ops.sample import sample
+from lmesh_kernels.ops.sample import sample_rows
 from lmesh_kernels.platforms.platform import Pending, Platform
 from torch import Tensor
 
 from lmesh_worker.engine.buffers import StepBuffers
 from lmesh_worker.engine.inputs import PromptScoring, Sampling, StepInputs, build_inputs
+from lmesh_worker.engine.logit_tables import LogitTables
 from lmesh_worker.engine.plan import StepPlan
 
 Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], their log-probabilities [N, k]
@@ -52,6 +53,7 @@ class Runner:
         self._bank = bank
         self._attention = PagedAttention(kv)
         self._max_seqs = max_seqs
+        self._tables = LogitTables(platform, max_seqs=max_seqs, vocab_size=decoder.config.vocab_size)
         self._stream = platform.stream()
         self._sets = [
             StepBuffers(platform, max_tokens=max_tokens, max_seqs=max_seqs, max_blocks=max_blocks)
@@ -69,7 +71,7 @@ class Runner:
         buffers = self._sets[self._launched % len(self._sets)]
         self._launched += 1
         try:
-            inputs = build_inputs(plan, buffers, self._block_size, self._bank)
+            inputs = build_inputs(plan, buffers, self._block_size, self._bank, self._tables)
         except Exception as error:  # noqa: BLE001 - a value that no tensor takes is its sequence's fault, as in a step
             return self._stream.submit(partial(_raise, error))
         return self._stream.submit(lambda: self._run(inputs, buffers))
@@ -92,20 +94,12 @@ class Runner:
         if count == 0:
             return result
         logits = self._decoder.logits(hidden.index_select(0, sampling.rows))
-        ids = sample(
-            logits,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            sampling.seed,
-            sampling.choice,
-            sampling.position,
-            sampling.hints,
-        )
+        ids = torch.empty(count, dtype=torch.int64, device=logits.device)
+        finite = torch.empty(count, dtype=torch.bool, device=logits.device)
+        sample_rows(logits, sampling.params, sampling.hints, ids, finite, self._tables.load(sampling.adjusting))
         self._last_ids.index_copy_(0, sampling.slots, ids)
         result.ids.copy_(ids, non_blocking=True)
-        # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
-        result.finite.copy_(logits.sum(dim=-1).isfinite(), non_blocking=True)
+        result.finite.copy_(finite, non_blocking=True)
         if sampling.alternatives:
             result.logprobs = self._chosen_logprobs(logits, ids, sampling)
         return result
