@@ -31,6 +31,12 @@ def sample_rows(
     logits [R, V] float32, bfloat16 or float16 (not changed). Writes out_ids [R] int64 and out_finite [R] bool, and
     counts the ids in the adjustment's table. The id of a row that is not finite is one of the vocabulary, no more.
     """
+    if logits.device.type != "cpu":
+        # Here, so that a CPU's engine does without Triton.
+        from lmesh_kernels.ops.sample_kernels import sample_rows_triton
+
+        sample_rows_triton(logits, params, hints, out_ids, out_finite, adjustment)
+        return
     ids = sample(logits, params, hints, adjustment)
     out_ids.copy_(ids)
     # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
@@ -44,8 +50,6 @@ def sample(
 ) -> Tensor:
     """The ids [R] int64 of `sample_rows`, counted nowhere; for tensors on the host."""
     hints = hints or SampleHints()
-    if logits.device.type != "cpu":
-        return sample_reference(logits, params, adjustment)
     logits = adjust_on_host(logits, adjustment)
     return _sample_cheaply(logits, params) if hints.any_random else logits.argmax(dim=-1)
 
