@@ -31,7 +31,7 @@ MODES: dict[str, tuple[float, float, int, float, bool]] = {
 
 def replay_us(work: Callable[[], object], repeats: int = 30) -> float:
     """Median time of one replay of a graph of `work`."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         work()
     torch.cuda.synchronize()
@@ -39,15 +39,17 @@ def replay_us(work: Callable[[], object], repeats: int = 30) -> float:
     with torch.cuda.graph(graph):
         work()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    return statistics.median(event_ms(graph.replay) * 1e3 for _ in range(repeats))
+
+
+def event_ms(work: Callable[[], object]) -> float:
+    """Time of what `work` launches, between two events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def copy_tb_s(device: torch.device) -> float:
@@ -55,13 +57,7 @@ def copy_tb_s(device: torch.device) -> float:
     source = torch.randn(2**30, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(8):
-        target.copy_(source)
-    end.record()
-    end.synchronize()
-    return 8 * 2 * source.nbytes / begin.elapsed_time(end) / 1e9
+    return 8 * 2 * source.nbytes / event_ms(lambda: [target.copy_(source) for _ in range(8)]) / 1e9
 
 
 def parameters(rows: int, mode: str, device: torch.device) -> SampleParams:
