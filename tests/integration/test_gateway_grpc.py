@@ -74,11 +74,30 @@ class TestStreaming:
         assert params.max_tokens == 8192 - len(running.start.ids)
         assert tuple(params.stop_token_ids) == tokenizer.eos_ids
         assert (params.logprobs, params.prompt_logprobs) == (-1, -1)
+        assert (params.min_p, params.repetition_penalty, list(params.logit_bias)) == (0.0, 1.0, [])
+        assert (params.presence_penalty, params.frequency_penalty) == (0.0, 0.0)
         running.give([5], LENGTH)
         got = await call
         assert got.accepted.seed == params.seed  # drawn, and told
         submit = (await scene.scheduler.record()).submit
         assert 590_000 < submit.deadline_ms <= 600_000 and 0 < submit.queue_timeout_ms <= 60_000
+
+    async def test_penalties_and_biases_reach_the_worker(self, scene: Scene) -> None:
+        sampling = pb.SamplingParams(
+            min_p=0.25,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=2.0,
+            logit_bias={9: 1.5, 3: -100.0},
+        )
+        call = asyncio.create_task(collect(scene.generate(sampling=sampling)))
+        running = await scene.worker.sequence(0)
+        params = running.start.params
+        assert (params.min_p, params.repetition_penalty) == (0.25, 1.5)
+        assert (params.presence_penalty, params.frequency_penalty) == (-0.5, 2.0)
+        assert [(entry.id, entry.bias) for entry in params.logit_bias] == [(3, -100.0), (9, 1.5)]
+        running.give([1], LENGTH)
+        await call
 
     async def test_ignore_eos_and_context_end(self, scene: Scene) -> None:
         stop = pb.StopParams(max_tokens=100_000, ignore_eos=True, stop_token_ids=[7])
@@ -171,6 +190,9 @@ class TestRefusals:
         cases = {
             "sampling.temperature": {"sampling": pb.SamplingParams(temperature=float("nan"))},
             "sampling.n": {"sampling": pb.SamplingParams(n=0)},
+            "sampling.min_p": {"sampling": pb.SamplingParams(min_p=1.5)},
+            "sampling.repetition_penalty": {"sampling": pb.SamplingParams(repetition_penalty=0.0)},
+            "sampling.logit_bias[999999]": {"sampling": pb.SamplingParams(logit_bias={999999: 1.0})},
             "stop.stop[0]": {"stop": pb.StopParams(stop=[""])},
             "tokens.ids[1]": {"tokens": pb.TokenInput(ids=[1, 60_000])},
             "output.logprobs": {"output": pb.OutputOptions(logprobs=21)},

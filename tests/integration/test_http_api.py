@@ -56,6 +56,30 @@ def test_chat(client: openai.OpenAI, core: ScriptedCore) -> None:
     assert sent.stops.max_tokens == 9
 
 
+def test_penalties_and_biases(client: openai.OpenAI, core: ScriptedCore) -> None:
+    more = {"min_p": 0.1, "repetition_penalty": 1.2}
+    client.chat.completions.create(
+        model="m",
+        messages=MESSAGES,
+        presence_penalty=0.5,
+        frequency_penalty=-2,
+        logit_bias={"7": -100},
+        extra_body=more,
+    )
+    client.completions.create(model="m", prompt="a", frequency_penalty=0.25, extra_body={"logit_bias": {}})
+    chat, completion = core.requests[0].sampling, core.requests[1].sampling
+    assert (chat.min_p, chat.repetition_penalty) == (0.1, 1.2)
+    assert (chat.presence_penalty, chat.frequency_penalty, chat.logit_bias) == (0.5, -2, ((7, -100),))
+    assert (completion.presence_penalty, completion.frequency_penalty, completion.logit_bias) == (None, 0.25, ())
+
+
+@pytest.mark.parametrize("name", ["x", "-1", " 7", "1_0", "²", "12345678901"])
+def test_biases_of_what_is_no_id(url: str, name: str) -> None:
+    body = {"model": "m", "prompt": "a", "logit_bias": {name: 1}}
+    error = httpx.post(f"{url}/v1/completions", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("MALFORMED_BODY", "logit_bias")
+
+
 def test_chat_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True}

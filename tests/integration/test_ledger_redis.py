@@ -49,6 +49,11 @@ def plan(request_id: str = "r", n: int = 2, **more: Any) -> Plan:
         stop_token_ids=(257, 3),
         logprobs=-1,
         prompt_logprobs=-1,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias=((7, -100.0), (9, 1.5)),
     )
     fixed: dict[str, Any] = {
         "request_id": request_id,

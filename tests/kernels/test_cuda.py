@@ -7,7 +7,8 @@ import torch
 from lmesh_kernels.models.config import ModelConfig, RopeConfig
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.noise import row_keys, uniforms
-from lmesh_kernels.ops.sample import SampleHints, sample
+from lmesh_kernels.ops.sample import sample, sample_rows
+from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.platforms import Platform, detect
 
 from tests.kernels.paged_runner import CPU, PagedRunner
@@ -32,6 +33,7 @@ CONFIG = ModelConfig(
     qk_norm=True,
     attention_bias=True,
 )
+NAMES = ("temperature", "top_p", "top_k", "floor", "seed", "choice", "position")
 IDS = [[(7 * i + 3 * lane) % 1003 for i in range(n)] for lane, n in enumerate((701, 1, 64, 7))]
 
 
@@ -108,8 +110,12 @@ def test_forward_and_sampling_never_wait_for_the_device(platform: Platform) -> N
     torch.cuda.set_sync_debug_mode("error")
     try:
         hidden = decoder(batch, runner.attention)
-        logits = decoder.logits(hidden.index_select(0, torch.tensor(batch.q_lens_host).cumsum(0).to(hidden.device) - 1))
-        sample(logits, *rows, *counters, SampleHints())
+        ends = torch.tensor(batch.q_lens_host).cumsum(0).to(hidden.device) - 1
+        logits = decoder.logits(hidden.index_select(0, ends))
+        zeros = torch.full((4,), -torch.inf, device=platform.device)
+        params = SampleParams(**dict(zip(NAMES, [*rows, zeros, *counters], strict=True)))
+        ids, finite = torch.empty_like(counters[0]), torch.empty(4, dtype=torch.bool, device=platform.device)
+        sample_rows(logits, params, SampleHints(), ids, finite)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -131,7 +137,10 @@ def test_samples_equal_the_cpus(platform: Platform) -> None:
     top_p = torch.where(torch.arange(rows) % 2 == 0, 1.0, 0.9)
     top_k = (torch.arange(rows, dtype=torch.int32) % 5) * 10
     counters = [torch.arange(rows), torch.arange(rows) % 3, torch.arange(rows) * 7]
-    arguments = [logits, temperature, top_p, top_k, *counters]
-    there = sample(*(a.to(platform.device) for a in arguments))
+    columns = [temperature, top_p, top_k, torch.full((rows,), -torch.inf), *counters]
+    params = SampleParams(**dict(zip(NAMES, columns, strict=True)))
+    there, finite = torch.empty(rows, dtype=torch.int64, device=platform.device), torch.empty(rows, dtype=torch.bool)
+    on_device = SampleParams(**{n: c.to(platform.device) for n, c in zip(NAMES, columns, strict=True)})
+    sample_rows(logits.to(platform.device), on_device, SampleHints(), there, finite.to(platform.device))
     # Logarithms and sums may differ in the last place, which can turn a near tie; not more often than this.
-    assert (sample(*arguments) == there.cpu()).float().mean() >= 0.98
+    assert (sample(logits, params) == there.cpu()).float().mean() >= 0.98

@@ -12,7 +12,9 @@ from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.footprint import activation_bytes, parameter_bytes
-from lmesh_kernels.ops.sample import sample, sample_reference
+from lmesh_kernels.ops.adjust import Adjustment
+from lmesh_kernels.ops.sample import sample_reference, sample_rows
+from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.paged_runner import CPU, PagedRunner
@@ -110,12 +112,32 @@ def test_a_step_stays_within_the_bound(dtype: torch.dtype, work: str) -> None:
     assert 0 < mode.peak <= activation_bytes(CONFIG, 256, 32, dtype)
 
 
-@pytest.mark.parametrize("draw", [sample, sample_reference])
-def test_sampling_stays_within_the_bound(draw: Callable[..., torch.Tensor]) -> None:
+def _draw(logits: torch.Tensor, params: SampleParams, adjustment: Adjustment) -> None:
+    rows = len(logits)
+    ids, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+    sample_rows(logits, params, SampleHints(), ids, finite, adjustment)
+
+
+@pytest.mark.parametrize("draw", [_draw, sample_reference])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_sampling_stays_within_the_bound(draw: Callable[..., object], adjusted: bool) -> None:
     rows = 32
     logits = torch.randn(rows, CONFIG.vocab_size)
-    zeros = torch.zeros(rows, dtype=torch.int64)
+    zeros, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     top_k = torch.full((rows,), 9, dtype=torch.int32)
+    params = SampleParams(
+        temperature=ones, top_p=ones * 0.9, top_k=top_k, floor=ones * -9, seed=zeros, choice=zeros, position=zeros
+    )
+    slots = torch.arange(rows)
+    adjustment = Adjustment(
+        repetition=ones * 1.5,
+        presence=ones,
+        frequency=ones,
+        seen_row=slots,
+        bias_row=slots,
+        seen=torch.ones(rows, CONFIG.vocab_size, dtype=torch.int16),
+        bias=torch.ones(rows, CONFIG.vocab_size),
+    )
     with PeakMode() as mode:
-        draw(logits, torch.ones(rows), torch.full((rows,), 0.9), top_k, zeros, zeros, zeros)
+        draw(logits, params, adjustment if adjusted else None)
     assert 0 < mode.peak + logits.nbytes <= activation_bytes(CONFIG, 1, rows, torch.float32)

@@ -25,3 +25,11 @@ def test_against_float64(rows: int, vocab: int, k: int) -> None:
         assert (top.double() - expected.gather(1, top_ids)).abs().max() <= bound
         assert torch.equal(top_ids, logits.topk(k).indices)
         assert (top[:, :-1] >= top[:, 1:]).all()
+
+
+def test_narrow_logits_are_widened_before_they_are_summed() -> None:
+    logits = (torch.randn(3, 4097, generator=torch.Generator().manual_seed(1)) * 3).bfloat16()
+    ids = torch.tensor([5, 0, 4096])
+    narrow, wide = token_logprobs(logits, ids, 2), token_logprobs(logits.float(), ids, 2)
+    assert narrow[0].dtype == narrow[2].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))

@@ -21,6 +21,11 @@ NOTHING = GenerationDefaults()
             GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=512),
         ),
         ({"temperature": 0.6}, GenerationDefaults(temperature=0.6)),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, GenerationDefaults(repetition_penalty=1.05, min_p=0.1)),
+        (
+            {"do_sample": False, "repetition_penalty": 1.1, "min_p": 0.1},
+            GenerationDefaults(temperature=0.0, repetition_penalty=1.1),
+        ),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, GenerationDefaults(temperature=0.0)),
         ({"eos_token_id": 2}, NOTHING),
     ],

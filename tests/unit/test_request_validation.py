@@ -49,6 +49,15 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     *[("sampling.top_k", {"sampling": Sampling(top_k=k)}) for k in (-1, 2**31)],
     *[("sampling.seed", {"sampling": Sampling(seed=s)}) for s in (-1, 2**64)],
     *[("sampling.n", {"sampling": Sampling(n=n)}) for n in (0, -1, 129)],
+    *[("sampling.min_p", {"sampling": Sampling(min_p=p)}) for p in (NAN, INF, -0.1, 1.01)],
+    *[
+        ("sampling.repetition_penalty", {"sampling": Sampling(repetition_penalty=p)})
+        for p in (NAN, INF, 0.0, -1.0, 100.5, 1e-60)
+    ],
+    *[("sampling.presence_penalty", {"sampling": Sampling(presence_penalty=p)}) for p in (NAN, INF, -2.1, 2.1)],
+    *[("sampling.frequency_penalty", {"sampling": Sampling(frequency_penalty=p)}) for p in (NAN, -INF, -2.1, 2.1)],
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=tuple((i, 1.0) for i in range(301)))}),
+    *[("sampling.logit_bias[7]", {"sampling": Sampling(logit_bias=((1, 0.5), (7, b)))}) for b in (NAN, INF, -100.5)],
     *[("stop.max_tokens", {"stops": StopRules(max_tokens=m)}) for m in (-1, 0, 2**31)],
     ("stop.stop", {"stops": StopRules(stop=("x",) * 17)}),
     ("stop.stop[1]", {"stops": StopRules(stop=("x", ""))}),
@@ -74,6 +83,8 @@ def test_refused(field: str, change: dict[str, Any]) -> None:
         {"request_id": "req-1.a:b_c~"},
         {"sampling": Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0, n=128)},
         {"sampling": Sampling(temperature=100.0, top_p=0.01, seed=2**64 - 1)},
+        {"sampling": Sampling(min_p=0.0, repetition_penalty=1.0, presence_penalty=-2.0, frequency_penalty=2.0)},
+        {"sampling": Sampling(min_p=1.0, repetition_penalty=100.0, logit_bias=tuple((i, -100.0) for i in range(300)))},
         {"stops": StopRules(max_tokens=0), "output": OutputOptions(prompt_logprobs=0)},
         {"stops": StopRules(max_tokens=1, stop=("x",) * 16)},
         {"output": OutputOptions(logprobs=20, prompt_logprobs=20)},
@@ -104,6 +115,10 @@ def test_ids_in_the_vocabulary() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_against_model(replace(GOOD, stops=StopRules(stop_token_ids=(5, -1))), [1], MODEL)
     assert caught.value.field == "stop.stop_token_ids[1]"
+    for token in (-1, 100):
+        with pytest.raises(InvalidArgumentError) as caught:
+            check_against_model(replace(GOOD, sampling=Sampling(logit_bias=((99, 1.0), (token, 1.0)))), [1], MODEL)
+        assert caught.value.field == f"sampling.logit_bias[{token}]" and "[0, 100)" in caught.value.message
 
 
 def test_prompt_without_tokens() -> None:

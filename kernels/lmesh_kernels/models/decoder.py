@@ -110,6 +110,6 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, rotation, batch, attention)
         return self.norm.forward(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [R, vocab] float32 of the rows asked for, hidden [R, hidden]."""
-        return vocabulary_logits(hidden, self._head_weight, self._packed_head)
+    def logits(self, hidden: Tensor, *, widened: bool = True) -> Tensor:
+        """Logits [R, vocab] of the rows asked for, hidden [R, hidden]: float32, or in the model's own dtype."""
+        return vocabulary_logits(hidden, self._head_weight, self._packed_head, widened=widened)

@@ -66,5 +66,5 @@ def _attention_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype, d
 
 
 def _sampling_bytes(config: ModelConfig, max_seqs: int, dtype: torch.dtype) -> int:
-    """Logits in the model's dtype and in float32, tempered, sorted with indices, their mass, and the noise."""
-    return max_seqs * config.vocab_size * (dtype.itemsize + 4 * 7 + 8)
+    """Logits in the model's dtype, float32, adjusted, tempered, sorted with indices, their mass, and the noise."""
+    return max_seqs * config.vocab_size * (dtype.itemsize + 4 * 8 + 8)

@@ -21,9 +21,13 @@ def embed_reference(ids: Tensor, weight: Tensor) -> Tensor:
     return weight.index_select(0, ids)
 
 
-def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
-    """hidden [R, D] times weight [V, D]; returns float32 logits [R, V]. `packed` is `ops.linear.pack` of the weight."""
-    return linear(hidden, weight, packed=packed).float()
+def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = None, *, widened: bool = True) -> Tensor:
+    """hidden [R, D] times weight [V, D]; returns logits [R, V], float32 or in hidden's dtype.
+
+    `packed` is `ops.linear.pack` of the weight.
+    """
+    logits = linear(hidden, weight, packed=packed)
+    return logits.float() if widened else logits
 
 
 def vocabulary_logits_reference(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ class GenerationDefaults:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     max_new_tokens: int | None = None
 
 
@@ -26,10 +28,14 @@ def load_generation_defaults(files: ModelFiles) -> GenerationDefaults:
     config = json.loads(path.read_text(encoding="utf-8")) if files.format == "hf" and path.is_file() else {}
     longest = config.get("max_new_tokens")
     if config.get("do_sample") is False:
-        return GenerationDefaults(temperature=0.0, max_new_tokens=longest)
+        return GenerationDefaults(
+            temperature=0.0, repetition_penalty=config.get("repetition_penalty"), max_new_tokens=longest
+        )
     return GenerationDefaults(
         temperature=config.get("temperature", known.temperature if known else None),
         top_p=config.get("top_p", known.top_p if known else None),
         top_k=config.get("top_k"),
+        min_p=config.get("min_p"),
+        repetition_penalty=config.get("repetition_penalty"),
         max_new_tokens=longest,
     )

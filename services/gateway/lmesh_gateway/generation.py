@@ -50,6 +50,11 @@ class Sampling:
     top_k: int | None = None
     seed: int | None = None
     n: int = 1
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit), each id once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +106,7 @@ class ResumeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """One token's natural log-probability, of the model's distribution before temperature and truncation."""
+    """One token's natural log-probability, of the model's distribution before anything that sampling does to it."""
 
     id: int
     logprob: float

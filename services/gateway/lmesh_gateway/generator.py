@@ -188,6 +188,11 @@ def _params(request: GenerationRequest, ids: Sequence[int], model: ServedModel) 
         stop_token_ids=tuple(dict.fromkeys((*stops.stop_token_ids, *eos))),
         logprobs=-1 if request.output.logprobs is None else request.output.logprobs,
         prompt_logprobs=-1 if request.output.prompt_logprobs is None else request.output.prompt_logprobs,
+        min_p=_first(sampling.min_p, defaults.min_p, 0.0),
+        repetition_penalty=_first(sampling.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=_first(sampling.presence_penalty, 0.0),
+        frequency_penalty=_first(sampling.frequency_penalty, 0.0),
+        logit_bias=tuple(sorted(sampling.logit_bias)),
     )
 
 

@@ -111,6 +111,7 @@ class Record:
         deadline_at = now + float(plan["deadline"]) - time.time()
         params = dict(plan["params"])
         params["stop_token_ids"] = tuple(params["stop_token_ids"])
+        params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params.get("logit_bias", ()))
         return Plan(
             request_id=self.request_id,
             model=model,

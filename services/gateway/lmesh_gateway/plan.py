@@ -19,6 +19,12 @@ class SequenceParams:
     stop_token_ids: tuple[int, ...]
     logprobs: int  # -1: none
     prompt_logprobs: int  # -1: none
+    # Neutral where a record from before there were these is taken up.
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

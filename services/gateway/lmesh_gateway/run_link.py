@@ -180,6 +180,11 @@ def _params(params: SequenceParams) -> run_pb2.SequenceParams:
         stop_token_ids=params.stop_token_ids,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=[run_pb2.LogitBias(id=token, bias=bias) for token, bias in params.logit_bias],
     )
 
 

@@ -159,6 +159,11 @@ def _sampling(sampling: pb.SamplingParams) -> Sampling:
         top_k=sampling.top_k if sampling.HasField("top_k") else None,
         seed=sampling.seed if sampling.HasField("seed") else None,
         n=sampling.n if sampling.HasField("n") else 1,
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None,
+        presence_penalty=sampling.presence_penalty if sampling.HasField("presence_penalty") else None,
+        frequency_penalty=sampling.frequency_penalty if sampling.HasField("frequency_penalty") else None,
+        logit_bias=tuple(sampling.logit_bias.items()),
     )
 
 

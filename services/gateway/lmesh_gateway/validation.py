@@ -22,6 +22,10 @@ from lmesh_gateway.generation import (
 
 MAX_CHOICES = 128
 MAX_TEMPERATURE = 100.0
+MAX_REPETITION = 100.0
+MAX_PENALTY = 2.0  # OpenAI's, either way
+MAX_BIASES = 300
+MAX_BIAS = 100.0  # OpenAI's, either way
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256  # the matcher looks at each possible start of a stop string after each token
 MAX_STOP_TOKEN_IDS = 128
@@ -63,6 +67,10 @@ def check_against_model(request: GenerationRequest, prompt_ids: Sequence[int], m
     field = prompt_field(request.prompt)
     check_ids(field, prompt_ids, model.vocab_size)
     check_ids("stop.stop_token_ids", request.stops.stop_token_ids, model.vocab_size)
+    for token, _ in request.sampling.logit_bias:
+        if not 0 <= token < model.vocab_size:
+            text = f"{token} is no id of the model; ids lie in [0, {model.vocab_size})"
+            raise _wrong(f"sampling.logit_bias[{token}]", text)
     if not prompt_ids:
         raise _wrong(field, "the prompt has no tokens; write something")
     room = 0 if request.stops.max_tokens == 0 else 1
@@ -119,6 +127,25 @@ def _check_sampling(sampling: Sampling) -> None:
         raise _wrong("sampling.seed", f"must lie in [0, 2^64), not {sampling.seed}")
     if not 1 <= sampling.n <= MAX_CHOICES:
         raise _wrong("sampling.n", f"must lie in 1..{MAX_CHOICES}, not {sampling.n}")
+    _check_adjustment(sampling)
+
+
+def _check_adjustment(sampling: Sampling) -> None:
+    """Conditions are false for NaN too."""
+    if sampling.min_p is not None and not 0 <= sampling.min_p <= 1:
+        raise _wrong("sampling.min_p", f"must lie in [0, 1], not {sampling.min_p}")
+    repetition = sampling.repetition_penalty
+    if repetition is not None and not (0 < repetition <= MAX_REPETITION and _float32(repetition) > 0):
+        raise _wrong("sampling.repetition_penalty", f"must lie in (0, {MAX_REPETITION:g}], not {repetition}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        penalty = getattr(sampling, name)
+        if penalty is not None and not -MAX_PENALTY <= penalty <= MAX_PENALTY:
+            raise _wrong(f"sampling.{name}", f"must lie in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], not {penalty}")
+    if len(sampling.logit_bias) > MAX_BIASES:
+        raise _wrong("sampling.logit_bias", f"at most {MAX_BIASES} ids, not {len(sampling.logit_bias)}")
+    for token, bias in sampling.logit_bias:
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise _wrong(f"sampling.logit_bias[{token}]", f"must lie in [-{MAX_BIAS:g}, {MAX_BIAS:g}], not {bias}")
 
 
 def _float32(value: float) -> float:

@@ -39,6 +39,16 @@ class Params(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # -1 none, else alternatives a token
     prompt_logprobs: int = -1  # -1 none, else alternatives a prompt token
+    min_p: float = 0.0  # 0 means off
+    repetition_penalty: float = 1.0  # of ids of the prompt and the output; 1 means off
+    presence_penalty: float = 0.0  # of ids of the output
+    frequency_penalty: float = 0.0  # of ids of the output, each time
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit), each id once
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was seen changes what is drawn."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Start(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):

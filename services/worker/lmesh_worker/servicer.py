@@ -134,6 +134,12 @@ def _params(params: run_pb2.SequenceParams) -> Params:
         stop_token_ids=tuple(params.stop_token_ids),
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        min_p=params.min_p,
+        # An older gateway does not send it, and 0 is no penalty.
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=tuple((entry.id, entry.bias) for entry in params.logit_bias),
     )
 
 

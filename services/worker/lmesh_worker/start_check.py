@@ -12,6 +12,10 @@ from lmesh_worker.messages import Params
 INVALID_START = "INVALID_START"
 PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
 MAX_TOP_K = 2**31 - 1  # the device holds it as int32
+MAX_REPETITION = 100.0
+MAX_PENALTY = 2.0
+MAX_BIASES = 300
+MAX_BIAS = 100.0
 
 
 class Fault(NamedTuple):
@@ -54,4 +58,23 @@ def _params_fault(params: Params, vocab_size: int) -> Fault | None:
         return Fault(INVALID_START, f"logprobs and prompt_logprobs must lie in -1..{vocab_size}, -1 for none")
     if params.max_tokens < (0 if params.prompt_logprobs >= 0 else 1):
         return Fault(INVALID_START, "max_tokens must be at least 1, or 0 with prompt_logprobs")
+    return _adjustment_fault(params, vocab_size)
+
+
+def _adjustment_fault(params: Params, vocab_size: int) -> Fault | None:
+    if not 0 <= params.min_p <= 1:  # a NaN is neither
+        return Fault(INVALID_START, "min_p must lie in [0, 1], 0 for off")
+    if not 0 < params.repetition_penalty <= MAX_REPETITION:
+        return Fault(INVALID_START, f"repetition_penalty must lie in (0, {MAX_REPETITION:g}], 1 for off")
+    if not (abs(params.presence_penalty) <= MAX_PENALTY and abs(params.frequency_penalty) <= MAX_PENALTY):
+        return Fault(
+            INVALID_START, f"presence_penalty and frequency_penalty must lie in [-2, {MAX_PENALTY:g}], 0 for off"
+        )
+    if len(params.logit_bias) > MAX_BIASES:
+        return Fault(INVALID_START, f"logit_bias takes at most {MAX_BIASES} ids, not {len(params.logit_bias)}")
+    for token, bias in params.logit_bias:
+        if not (0 <= token < vocab_size and abs(bias) <= MAX_BIAS):
+            return Fault(INVALID_START, f"logit_bias takes ids below {vocab_size} and at most {MAX_BIAS:g} either way")
+    if len({token for token, _ in params.logit_bias}) < len(params.logit_bias):
+        return Fault(INVALID_START, "logit_bias must name each id once")
     return None

@@ -29,6 +29,11 @@ class SamplingBody(_Body):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(None, description="0 or -1: all")
+    min_p: float | None = Field(None, description="least probability as a share of the likeliest's; 0: off")
+    repetition_penalty: float | None = Field(None, description="over prompt and output; 1: off")
+    presence_penalty: float | None = Field(None, description="over the output, -2 to 2; 0: off")
+    frequency_penalty: float | None = Field(None, description="over the output, -2 to 2; 0: off")
+    logit_bias: dict[str, float] | None = Field(None, description="by token id: added to its logit, -100 to 100")
     seed: int | None = None
     n: int | None = 1
     stop: str | list[str] | None = None

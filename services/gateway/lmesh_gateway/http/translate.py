@@ -118,7 +118,25 @@ def _sampling(body: SamplingBody) -> Sampling:
         top_k=0 if body.top_k == -1 else body.top_k,  # vLLM writes "all" as -1
         seed=body.seed,
         n=1 if body.n is None else body.n,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=_biases(body.logit_bias or {}),
     )
+
+
+def _biases(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    found: dict[int, float] = {}
+    for name, bias in biases.items():
+        # isdecimal too: int() also reads " 7", "+7" and "1_0".
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            text = f"logit_bias: names must be token ids, not {name[:64]!r}"
+            raise MalformedBodyError(text, field="logit_bias")
+        if int(name) in found:
+            raise MalformedBodyError(f"logit_bias: names id {int(name)} twice", field="logit_bias")
+        found[int(name)] = bias
+    return tuple(found.items())
 
 
 def _stops(body: SamplingBody, max_tokens: int | None) -> StopRules:

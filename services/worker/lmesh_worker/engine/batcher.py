@@ -229,6 +229,7 @@ class Batcher:
         sequence.slot = self._free_slots.pop()
         self._tenures += 1
         sequence.tenure = self._tenures
+        sequence.counted = False
         sequence.computed = cached
         sequence.registered = cached // self.block_size
         if not sequence.first_scheduled_at:

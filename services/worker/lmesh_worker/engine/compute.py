@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.models.decoder import Decoder
-from lmesh_kernels.ops.sample import sample
+from lmesh_kernels.ops.sample import sample_rows
 from torch import Tensor
 
 from lmesh_worker.engine.inputs import Sampling, StepInputs
+from lmesh_worker.engine.logit_tables import LogitTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,38 +21,33 @@ class StepOutputs:
 
     hidden: Tensor  # [T, hidden]
     logits: Tensor  # [R, vocab]
-    ids: Tensor  # [R]
+    ids: Tensor  # [R] int64
     finite: Tensor  # [R] bool
 
 
 Compute = Callable[[], StepOutputs]
 
 
-def compute_step(decoder: Decoder, attention: PagedAttention, last_ids: Tensor, inputs: StepInputs) -> StepOutputs:
+def compute_step(
+    decoder: Decoder, attention: PagedAttention, last_ids: Tensor, tables: LogitTables, inputs: StepInputs
+) -> StepOutputs:
     """Runs one step; `last_ids` [slots] gives ids to it and takes the new ones. Nothing in it asks the device."""
     batch = inputs.batch
     # In place, so that the batch keeps its addresses: ids that the host does not know come from the device.
     known = inputs.token_slots < 0
     batch.ids.copy_(torch.where(known, batch.ids, last_ids[inputs.token_slots.clamp(min=0)]))
     hidden = decoder.forward(batch, attention)
-    return _sampled(decoder, hidden, inputs.sampling, last_ids)
+    return _sampled(decoder, hidden, inputs.sampling, last_ids, tables)
 
 
-def _sampled(decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor) -> StepOutputs:
-    logits = decoder.logits(hidden.index_select(0, sampling.rows))
-    if not len(sampling.rows):
-        nothing = torch.empty(0, dtype=last_ids.dtype, device=hidden.device)
-        return StepOutputs(hidden=hidden, logits=logits, ids=nothing, finite=nothing.bool())
-    ids = sample(
-        logits,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.seed,
-        sampling.choice,
-        sampling.position,
-        sampling.hints,
-    )
-    last_ids.index_copy_(0, sampling.slots.long(), ids.to(last_ids.dtype))
-    # A sum is finite only if every term is; one pass, no mask of the vocabulary's size.
-    return StepOutputs(hidden=hidden, logits=logits, ids=ids, finite=logits.sum(dim=-1).isfinite())
+def _sampled(
+    decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor, tables: LogitTables
+) -> StepOutputs:
+    count = len(sampling.rows)
+    logits = decoder.logits(hidden.index_select(0, sampling.rows), widened=False)
+    ids = torch.empty(count, dtype=torch.int64, device=hidden.device)
+    finite = torch.empty(count, dtype=torch.bool, device=hidden.device)
+    if count:
+        sample_rows(logits, sampling.params, sampling.hints, ids, finite, tables.load(sampling.adjusting))
+        last_ids.index_copy_(0, sampling.slots, ids)
+    return StepOutputs(hidden=hidden, logits=logits, ids=ids, finite=finite)

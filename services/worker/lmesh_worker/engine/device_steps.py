@@ -9,7 +9,7 @@ from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, Pieces, Shape, plan_pieces, shared_prefixes
-from lmesh_kernels.ops.sample import SampleHints
+from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
 from lmesh_kernels.platforms.platform import Platform
 from numpy.typing import NDArray
@@ -28,7 +28,9 @@ from lmesh_worker.engine.inputs import (
     gather,
     hints,
     prompt_scoring,
+    sampled,
 )
+from lmesh_worker.engine.logit_tables import Adjusting, LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
 
@@ -43,6 +45,7 @@ class DeviceSteps:
         decoder: Decoder,
         attention: PagedAttention,
         slots: Slots,
+        tables: LogitTables,
         bank: AdapterBank,
         platform: Platform,
         *,
@@ -53,7 +56,7 @@ class DeviceSteps:
         graphs: bool,
     ) -> None:
         assert attention.device is not None
-        self._decoder, self._attention, self._slots = decoder, attention, slots
+        self._decoder, self._attention, self._slots, self._tables = decoder, attention, slots, tables
         self._bank, self._block_size, self._shape = bank, block_size, attention.device.shape
         self._arena = Arena(platform, capacity=_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
         self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
@@ -67,16 +70,16 @@ class DeviceSteps:
         told = hints(columns, self._slots)
         self._arena.begin()
         adapted = any(row.sequence.adapter for row in plan.rows)
+        adjusts = bool(self._slots.adjusts[columns.sample_slots].any())
         key = None
-        if self.graphs is not None and not adapted:
+        if self.graphs is not None and not adapted and not adjusts:
             key = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told)
         if key is None:
-            adapters = adapter_rows(plan, columns, self._arena.put, self._bank) if adapted else NO_ADAPTERS
-            return (
-                columns,
-                prompt_scoring(plan, columns, self._arena.put),
-                self._as_it_is(columns, pieces, told, adapters),
-            )
+            put = self._arena.put
+            adapters = adapter_rows(plan, columns, put, self._bank) if adapted else NO_ADAPTERS
+            adjusting = self._tables.build(sampled(plan), put) if adjusts else None
+            compute = self._as_it_is(columns, pieces, told, adapters, adjusting)
+            return columns, prompt_scoring(plan, columns, put), compute
         compute = self._captured(key, columns, pieces, told)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
 
@@ -89,12 +92,19 @@ class DeviceSteps:
             groups = shared_prefixes(tables, columns.kv_lens[:count], self._block_size)
         return plan_pieces(columns.q_lens, columns.kv_lens, self._shape, groups=groups, names=columns.slots)
 
-    def _as_it_is(self, columns: StepColumns, pieces: Pieces, told: SampleHints, adapters: AdapterRows) -> Compute:
+    def _as_it_is(
+        self,
+        columns: StepColumns,
+        pieces: Pieces,
+        told: SampleHints,
+        adapters: AdapterRows,
+        adjusting: Adjusting | None,
+    ) -> Compute:
         views = {
             name: self._arena.put(values) for name, (values, _, _) in _columns(columns, pieces, self._slots).items()
         }
         kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), parts=bool(pieces.parts.any()))
-        inputs = self._inputs(views, kinds, told, adapters)
+        inputs = self._inputs(views, kinds, told, adapters, adjusting)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -120,7 +130,7 @@ class DeviceSteps:
             return replay
         views = {name: self._arena.put(*told) for name, told in told_columns.items()}
         kinds = _Kinds(narrow=True, wide=key.has_wide, parts=key.has_parts)
-        inputs = self._inputs(views, kinds, told, NO_ADAPTERS)
+        inputs = self._inputs(views, kinds, told)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -133,7 +143,7 @@ class DeviceSteps:
         return compute
 
     def _compute(self, inputs: StepInputs) -> StepOutputs:
-        return compute_step(self._decoder, self._attention, self._slots.last_ids, inputs)
+        return compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs)
 
     def _changes(self) -> tuple[Tensor, Tensor] | None:
         changes = self._slots.changes()
@@ -146,7 +156,14 @@ class DeviceSteps:
             places, blocks = changes
             self._slots.device_tables.view(-1).index_put_((places,), blocks)
 
-    def _inputs(self, views: dict[str, Tensor], kinds: _Kinds, told: SampleHints, adapters: AdapterRows) -> StepInputs:
+    def _inputs(
+        self,
+        views: dict[str, Tensor],
+        kinds: _Kinds,
+        told: SampleHints,
+        adapters: AdapterRows = NO_ADAPTERS,
+        adjusting: Adjusting | None = None,
+    ) -> StepInputs:
         assert self._slots.device_tables is not None
         work = AttentionWork(
             narrow=views["narrow"],
@@ -161,18 +178,17 @@ class DeviceSteps:
         batch = batch_on_device(
             views["ids"], views["positions"], views["kv_slots"], self._slots.device_tables, work, adapters
         )
-        sampled = Sampling(
-            rows=views["sample_tokens"],
-            slots=views["sample_slots"],
+        params = SampleParams(
             temperature=views["temperature"],
             top_p=views["top_p"],
             top_k=views["top_k"],
+            floor=views["floor"],
             seed=views["seed"],
             choice=views["choice"],
             position=views["sample_positions"],
-            hints=told,
         )
-        return StepInputs(batch=batch, token_slots=views["token_slots"], sampling=sampled)
+        sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
+        return StepInputs(batch=batch, token_slots=views["token_slots"], sampling=sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +226,7 @@ def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey |
         "temperature": (slots.temperature[of], samples, 0),
         "top_p": (slots.top_p[of], samples, 1),
         "top_k": (slots.top_k[of], samples, 0),
+        "floor": (slots.floor[of], samples, 0),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lmesh_kernels.ops.attention_work import Pieces, Shape
-from lmesh_kernels.ops.sample import SampleHints
+from lmesh_kernels.ops.sample_params import SampleHints
 
 from lmesh_worker.engine.compute import StepOutputs
 

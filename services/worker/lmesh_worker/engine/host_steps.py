@@ -19,8 +19,10 @@ from lmesh_worker.engine.inputs import (
     batch_on_host,
     gather,
     prompt_scoring,
+    sampled,
     sampling,
 )
+from lmesh_worker.engine.logit_tables import LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
 
@@ -33,9 +35,15 @@ class HostSteps:
     """Makes tensors of a plan's columns and computes on them."""
 
     def __init__(
-        self, decoder: Decoder, attention: PagedAttention, slots: Slots, bank: AdapterBank, block_size: int
+        self,
+        decoder: Decoder,
+        attention: PagedAttention,
+        slots: Slots,
+        tables: LogitTables,
+        bank: AdapterBank,
+        block_size: int,
     ) -> None:
-        self._decoder, self._attention, self._slots = decoder, attention, slots
+        self._decoder, self._attention, self._slots, self._tables = decoder, attention, slots, tables
         self._bank, self._block_size = bank, block_size
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
@@ -45,7 +53,11 @@ class HostSteps:
         inputs = StepInputs(
             batch=batch_on_host(columns, self._slots, self._block_size, _put, adapters),
             token_slots=_put(columns.token_slots),
-            sampling=sampling(columns, self._slots, _put),
+            sampling=sampling(columns, self._slots, _put, self._tables.build(sampled(plan), _put)),
         )
         scoring = prompt_scoring(plan, columns, _put)
-        return columns, scoring, lambda: compute_step(self._decoder, self._attention, self._slots.last_ids, inputs)
+        return (
+            columns,
+            scoring,
+            lambda: compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs),
+        )

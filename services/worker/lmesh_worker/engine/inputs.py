@@ -10,13 +10,15 @@ import numpy as np
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.lora.bank import AdapterBank, Resident
 from lmesh_kernels.ops.attention_work import AttentionWork
-from lmesh_kernels.ops.sample import SampleHints
+from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
 from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmesh_worker.engine.logit_tables import Adjusting
 from lmesh_worker.engine.plan import Row, StepPlan
+from lmesh_worker.engine.sequence import Sequence
 from lmesh_worker.engine.slots import Ints, Slots
 
 Longs = NDArray[np.int64]
@@ -37,7 +39,7 @@ class StepColumns:
     kv_lens: Ints  # [S]
     num_decodes: int
     sample_tokens: Ints  # [R]: index of each one's last token in the step
-    sample_slots: Ints  # [R]
+    sample_slots: Longs  # [R]
     sample_positions: Longs  # [R]: of the new id
 
     @property
@@ -51,14 +53,10 @@ class Sampling:
     """Columns of the R rows that sample, and the host's hints."""
 
     rows: Tensor  # [R], index of each one's last token in the step
-    slots: Tensor  # [R], where each one's new id is kept
-    temperature: Tensor
-    top_p: Tensor
-    top_k: Tensor
-    seed: Tensor
-    choice: Tensor
-    position: Tensor  # [R] int64, absolute position of the new id
+    slots: Tensor  # [R] int64, where each one's new id is kept
+    params: SampleParams
     hints: SampleHints
+    adjusting: Adjusting | None = None  # penalties and biases, where some row has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:
         kv_lens=ends,
         num_decodes=plan.num_decodes,
         sample_tokens=begins[1:][samples] - 1,
-        sample_slots=of[samples],
+        sample_slots=of[samples].astype(np.int64),
         sample_positions=ends[samples].astype(np.int64),
     )
 
@@ -148,20 +146,19 @@ def batch_on_host(columns: StepColumns, slots: Slots, block_size: int, put: Put,
     )
 
 
-def sampling(columns: StepColumns, slots: Slots, put: Put) -> Sampling:
+def sampling(columns: StepColumns, slots: Slots, put: Put, adjusting: Adjusting | None) -> Sampling:
     """The sampling columns, each as `put` has it."""
     of = columns.sample_slots
-    return Sampling(
-        rows=put(columns.sample_tokens),
-        slots=put(of),
+    params = SampleParams(
         temperature=put(slots.temperature[of]),
         top_p=put(slots.top_p[of]),
         top_k=put(slots.top_k[of]),
+        floor=put(slots.floor[of]),
         seed=put(slots.seed[of]),
         choice=put(slots.choice[of]),
         position=put(columns.sample_positions),
-        hints=hints(columns, slots),
     )
+    return Sampling(put(columns.sample_tokens), put(of), params, hints(columns, slots), adjusting)
 
 
 def hints(columns: StepColumns, slots: Slots) -> SampleHints:
@@ -170,9 +167,13 @@ def hints(columns: StepColumns, slots: Slots) -> SampleHints:
     random = slots.temperature[of] > 0
     if not random.any():
         return SampleHints(any_random=False, any_truncation=False)
-    return SampleHints(
-        any_random=True, any_truncation=bool((random & ((slots.top_p[of] < 1) | (slots.top_k[of] > 0))).any())
-    )
+    cut = (slots.top_p[of] < 1) | (slots.top_k[of] > 0) | (slots.floor[of] > -np.inf)
+    return SampleHints(any_random=True, any_truncation=bool((random & cut).any()))
+
+
+def sampled(plan: StepPlan) -> list[Sequence]:
+    """The sequences that sample, in order."""
+    return [row.sequence for row in plan.rows if row.samples]
 
 
 def prompt_scoring(plan: StepPlan, columns: StepColumns, put: Put) -> list[PromptScoring]:

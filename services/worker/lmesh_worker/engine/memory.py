@@ -12,6 +12,7 @@ from lmesh_kernels.models.footprint import activation_bytes, packed_bytes, param
 from lmesh_kernels.platforms.platform import Platform
 
 from lmesh_worker.engine.config import ConfigError, EngineConfig
+from lmesh_worker.engine.logit_tables import LogitTables
 
 log = logging.getLogger(__name__)
 
@@ -59,26 +60,28 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         raise ConfigError("quantization none: the checkpoint is NF4; take auto, or the model that it was made of")
     weights = parameter_bytes(model, dtype, quantisation)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
+    tables = LogitTables.planned_bytes(max_seqs, model.vocab_size)
     activations += unfolded_bytes(model, dtype) if quantisation == "nf4" else 0
     block = KVCache.bytes_per_block(model, config.block_size, dtype)
     budget = int(free * (config.memory_fraction or fraction))
     plain = platform.name == "cpu" and dtype is torch.float32 and quantisation == "none"
     packed = packed_bytes(model, dtype) if plain else 0
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
-    packed = packed if weights + packed + activations <= budget // 2 else 0
+    packed = packed if weights + packed + activations + tables <= budget // 2 else 0
     adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
-    left = budget - weights - packed - activations - adapters
+    left = budget - weights - packed - activations - tables - adapters
     kv_blocks = _kv_blocks(config, block, left, cap)
     lines = {
         "free": free,
         "weights": weights,
         "packed_weights": packed,
         "activations": activations,
+        "logit_tables": tables,
         "adapters": adapters,
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - adapters)
+    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - tables - adapters)
     max_model_len = _max_model_len(config, model, kv_blocks, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(

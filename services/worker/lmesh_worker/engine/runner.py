@@ -19,6 +19,7 @@ from lmesh_worker.engine.compute import Compute, StepOutputs
 from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.host_steps import HostSteps
 from lmesh_worker.engine.inputs import PromptScoring, StepColumns
+from lmesh_worker.engine.logit_tables import LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
 
@@ -61,14 +62,16 @@ class Runner:
             spare_block=kv.num_blocks - 1,
             block_size=kv.block_size,
         )
+        self.tables = LogitTables(platform, max_seqs=max_seqs, vocab_size=decoder.config.vocab_size)
         self.steps: HostSteps | DeviceSteps
         if attention.device is None:
-            self.steps = HostSteps(decoder, attention, self._slots, bank, kv.block_size)
+            self.steps = HostSteps(decoder, attention, self._slots, self.tables, bank, kv.block_size)
         else:
             self.steps = DeviceSteps(
                 decoder,
                 attention,
                 self._slots,
+                self.tables,
                 bank,
                 platform,
                 block_size=kv.block_size,
@@ -79,7 +82,7 @@ class Runner:
             )
         self._stream = platform.stream()
         self._out = [
-            (platform.staging((max_seqs,), self._slots.last_ids.dtype), platform.staging((max_seqs,), torch.bool))
+            (platform.staging((max_seqs,), torch.int64), platform.staging((max_seqs,), torch.bool))
             for _ in range(depth + 1)
         ]
         self._launched = 0
@@ -116,7 +119,7 @@ class Runner:
         rows = (wanted >= 0).nonzero()[0].tolist()
         if not rows:
             return {}
-        logits, ids = outputs.logits[: len(wanted)], outputs.ids[: len(wanted)].long()
+        logits, ids = outputs.logits[: len(wanted)], outputs.ids[: len(wanted)]
         if len(rows) < len(wanted):
             chosen_rows = self._to_device(torch.tensor(rows))
             logits, ids = logits.index_select(0, chosen_rows), ids.index_select(0, chosen_rows)

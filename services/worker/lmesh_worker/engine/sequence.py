@@ -27,6 +27,7 @@ class Sequence:
         "cached_tokens",
         "choice",
         "computed",
+        "counted",
         "first_output_at",
         "first_scheduled_at",
         "hashes",
@@ -69,6 +70,7 @@ class Sequence:
         self.tenure = -1  # its slot's owner has a number of its own, each time that it gets one
         self.slot = -1  # row of the device's per-sequence tensors
         self.computed = 0  # tokens whose K and V are written or will be by a launched step
+        self.counted = False  # since it was admitted: the logit tables have its row
         self.pending = 0  # sampled ids that are still on the device
         self.rollbacks = 0  # outputs launched before the last rollback are void
         self.preemptions = 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
-from lmesh_kernels.ops.sample import seed_to_int64
+from lmesh_kernels.ops.sample_params import score_floor, seed_to_int64
 from lmesh_kernels.platforms.platform import Platform
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,16 +35,18 @@ class Slots:
         self.temperature = np.zeros(rows, np.float32)
         self.top_p = np.ones(rows, np.float32)
         self.top_k = np.zeros(rows, np.int32)
+        self.floor = np.full(rows, -np.inf, np.float32)  # of min_p
         self.seed = np.zeros(rows, np.int64)
         self.choice = np.zeros(rows, np.int64)
         self.logprobs = np.full(rows, -1, np.int32)
+        self.adjusts = np.zeros(rows, np.bool_)  # penalties or biases
         self._owner = [_NOBODY] * rows
         self._known = [0] * rows  # blocks in the table
         self._changed: list[tuple[int, int, int]] = []  # slot, first block, end: what the device's table lacks
         on_host = platform.device.type == "cpu"
         self.device_tables: Tensor | None = None if on_host else torch.from_numpy(self.tables).to(platform.device)
         # The newest id of every slot, so that the next step needs no word from the host.
-        self.last_ids = torch.zeros(rows, dtype=torch.int64 if on_host else torch.int32, device=platform.device)
+        self.last_ids = torch.zeros(rows, dtype=torch.int64, device=platform.device)
 
     def take_in(self, sequences: Rows[Sequence]) -> None:
         """Brings the columns up to date for sequences that are about to run."""
@@ -63,7 +65,8 @@ class Slots:
         slot, params = sequence.slot, sequence.params
         self.temperature[slot], self.top_p[slot], self.top_k[slot] = params.temperature, params.top_p, params.top_k
         self.seed[slot], self.choice[slot] = seed_to_int64(params.seed), sequence.choice
-        self.logprobs[slot] = params.logprobs
+        self.floor[slot], self.logprobs[slot] = score_floor(params.min_p), params.logprobs
+        self.adjusts[slot] = params.penalises or bool(params.logit_bias)
 
     def changes(self) -> tuple[Ints, Ints] | None:
         """(places in the flat table, blocks) that the device has not been told of; None where there are none."""

@@ -26,23 +26,25 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lmesh/inference/v1/inference.proto\x12\x12lmesh.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x04text\x18\x02 \x01(\x0b\x32\x1d.lmesh.inference.v1.TextInputH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.lmesh.inference.v1.TokenInputH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.lmesh.inference.v1.ChatInputH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".lmesh.inference.v1.SamplingParams\x12,\n\x04stop\x18\x06 \x01(\x0b\x32\x1e.lmesh.inference.v1.StopParams\x12\x31\n\x06output\x18\x07 \x01(\x0b\x32!.lmesh.inference.v1.OutputOptions\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x30\n\rqueue_timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\ron_disconnect\x18\n \x01(\x0e\x32 .lmesh.inference.v1.OnDisconnect\x12-\n\ndetach_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\ndurability\x18\x0c \x01(\x0e\x32\x1e.lmesh.inference.v1.Durability\x12\x10\n\x08priority\x18\r \x01(\x11\x42\x07\n\x05input\"3\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x03(\r\"\x1b\n\tTextInput\x12\x0e\n\x06prompt\x18\x01 \x01(\t\"\x19\n\nTokenInput\x12\x0b\n\x03ids\x18\x01 \x03(\r\"|\n\tChatInput\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.lmesh.inference.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0e\n\x01n\x18\x05 \x01(\rH\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x04\n\x02_n\"n\n\nStopParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"\x82\x01\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa7\x01\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.lmesh.inference.v1.AcceptedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.lmesh.inference.v1.DeltaH\x00\x12,\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1a.lmesh.inference.v1.FinishH\x00\x42\x07\n\x05\x65vent\"c\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x1e\n\x16prompt_logprobs_follow\x18\x04 \x01(\x08\"\xa9\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.lmesh.inference.v1.TokenLogprobs\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.lmesh.inference.v1.TokenLogprobs\"o\n\rTokenLogprobs\x12/\n\x05token\x18\x01 \x01(\x0b\x32 .lmesh.inference.v1.TokenLogprob\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .lmesh.inference.v1.TokenLogprob\"F\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"v\n\x06\x46inish\x12\x31\n\x07\x63hoices\x18\x01 \x03(\x0b\x32 .lmesh.inference.v1.ChoiceFinish\x12(\n\x05usage\x18\x02 \x01(\x0b\x32\x19.lmesh.inference.v1.Usage\x12\x0f\n\x07\x64urable\x18\x03 \x01(\x08\"\x93\x01\n\x0c\x43hoiceFinish\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .lmesh.inference.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\'\n\x11GetRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x83\x02\n\x12GetRequestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .lmesh.inference.v1.RequestState\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x33\n\x08timeline\x18\x05 \x03(\x0b\x32!.lmesh.inference.v1.TimelineEvent\x12\x16\n\x0e\x66\x61ilure_reason\x18\x06 \x01(\t\x12(\n\x05usage\x18\x07 \x01(\x0b\x32\x19.lmesh.inference.v1.Usage\x12\x0f\n\x07\x64urable\x18\x08 \x01(\x08\"\xb6\x01\n\rTimelineEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12=\n\x06\x64\x65tail\x18\x03 \x03(\x0b\x32-.lmesh.inference.v1.TimelineEvent.DetailEntry\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.lmesh.inference.v1.Model\"x\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07workers\x18\x05 \x01(\r*a\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x18\n\x14ON_DISCONNECT_DETACH\x10\x02*S\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44URABILITY_ASYNC\x10\x01\x12\x13\n\x0f\x44URABILITY_SYNC\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xea\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x18\n\x14REQUEST_STATE_PLACED\x10\x02\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x03\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x04\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x05\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x06\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x07\x32\xcb\x03\n\x10InferenceService\x12W\n\x08Generate\x12#.lmesh.inference.v1.GenerateRequest\x1a$.lmesh.inference.v1.GenerateResponse0\x01\x12S\n\x06Resume\x12!.lmesh.inference.v1.ResumeRequest\x1a$.lmesh.inference.v1.GenerateResponse0\x01\x12O\n\x06\x43\x61ncel\x12!.lmesh.inference.v1.CancelRequest\x1a\".lmesh.inference.v1.CancelResponse\x12[\n\nGetRequest\x12%.lmesh.inference.v1.GetRequestRequest\x1a&.lmesh.inference.v1.GetRequestResponse\x12[\n\nListModels\x12%.lmesh.inference.v1.ListModelsRequest\x1a&.lmesh.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lmesh/inference/v1/inference.proto\x12\x12lmesh.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x04text\x18\x02 \x01(\x0b\x32\x1d.lmesh.inference.v1.TextInputH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.lmesh.inference.v1.TokenInputH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.lmesh.inference.v1.ChatInputH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".lmesh.inference.v1.SamplingParams\x12,\n\x04stop\x18\x06 \x01(\x0b\x32\x1e.lmesh.inference.v1.StopParams\x12\x31\n\x06output\x18\x07 \x01(\x0b\x32!.lmesh.inference.v1.OutputOptions\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x30\n\rqueue_timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\ron_disconnect\x18\n \x01(\x0e\x32 .lmesh.inference.v1.OnDisconnect\x12-\n\ndetach_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\ndurability\x18\x0c \x01(\x0e\x32\x1e.lmesh.inference.v1.Durability\x12\x10\n\x08priority\x18\r \x01(\x11\x42\x07\n\x05input\"3\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x03(\r\"\x1b\n\tTextInput\x12\x0e\n\x06prompt\x18\x01 \x01(\t\"\x19\n\nTokenInput\x12\x0b\n\x03ids\x18\x01 \x03(\r\"|\n\tChatInput\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.lmesh.inference.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xe1\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0e\n\x01n\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x45\n\nlogit_bias\x18\n \x03(\x0b\x32\x31.lmesh.inference.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x04\n\x02_nB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"n\n\nStopParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"\x82\x01\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa7\x01\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.lmesh.inference.v1.AcceptedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.lmesh.inference.v1.DeltaH\x00\x12,\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1a.lmesh.inference.v1.FinishH\x00\x42\x07\n\x05\x65vent\"c\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x1e\n\x16prompt_logprobs_follow\x18\x04 \x01(\x08\"\xa9\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.lmesh.inference.v1.TokenLogprobs\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.lmesh.inference.v1.TokenLogprobs\"o\n\rTokenLogprobs\x12/\n\x05token\x18\x01 \x01(\x0b\x32 .lmesh.inference.v1.TokenLogprob\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .lmesh.inference.v1.TokenLogprob\"F\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"v\n\x06\x46inish\x12\x31\n\x07\x63hoices\x18\x01 \x03(\x0b\x32 .lmesh.inference.v1.ChoiceFinish\x12(\n\x05usage\x18\x02 \x01(\x0b\x32\x19.lmesh.inference.v1.Usage\x12\x0f\n\x07\x64urable\x18\x03 \x01(\x08\"\x93\x01\n\x0c\x43hoiceFinish\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .lmesh.inference.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\'\n\x11GetRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x83\x02\n\x12GetRequestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .lmesh.inference.v1.RequestState\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x33\n\x08timeline\x18\x05 \x03(\x0b\x32!.lmesh.inference.v1.TimelineEvent\x12\x16\n\x0e\x66\x61ilure_reason\x18\x06 \x01(\t\x12(\n\x05usage\x18\x07 \x01(\x0b\x32\x19.lmesh.inference.v1.Usage\x12\x0f\n\x07\x64urable\x18\x08 \x01(\x08\"\xb6\x01\n\rTimelineEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12=\n\x06\x64\x65tail\x18\x03 \x03(\x0b\x32-.lmesh.inference.v1.TimelineEvent.DetailEntry\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.lmesh.inference.v1.Model\"x\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07workers\x18\x05 \x01(\r*a\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x18\n\x14ON_DISCONNECT_DETACH\x10\x02*S\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44URABILITY_ASYNC\x10\x01\x12\x13\n\x0f\x44URABILITY_SYNC\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xea\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x18\n\x14REQUEST_STATE_PLACED\x10\x02\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x03\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x04\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x05\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x06\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x07\x32\xcb\x03\n\x10InferenceService\x12W\n\x08Generate\x12#.lmesh.inference.v1.GenerateRequest\x1a$.lmesh.inference.v1.GenerateResponse0\x01\x12S\n\x06Resume\x12!.lmesh.inference.v1.ResumeRequest\x1a$.lmesh.inference.v1.GenerateResponse0\x01\x12O\n\x06\x43\x61ncel\x12!.lmesh.inference.v1.CancelRequest\x1a\".lmesh.inference.v1.CancelResponse\x12[\n\nGetRequest\x12%.lmesh.inference.v1.GetRequestRequest\x1a&.lmesh.inference.v1.GetRequestResponse\x12[\n\nListModels\x12%.lmesh.inference.v1.ListModelsRequest\x1a&.lmesh.inference.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lmesh.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TIMELINEEVENT_DETAILENTRY']._loaded_options = None
   _globals['_TIMELINEEVENT_DETAILENTRY']._serialized_options = b'8\001'
-  _globals['_ONDISCONNECT']._serialized_start=3134
-  _globals['_ONDISCONNECT']._serialized_end=3231
-  _globals['_DURABILITY']._serialized_start=3233
-  _globals['_DURABILITY']._serialized_end=3316
-  _globals['_FINISHREASON']._serialized_start=3318
-  _globals['_FINISHREASON']._serialized_end=3413
-  _globals['_REQUESTSTATE']._serialized_start=3416
-  _globals['_REQUESTSTATE']._serialized_end=3650
+  _globals['_ONDISCONNECT']._serialized_start=3447
+  _globals['_ONDISCONNECT']._serialized_end=3544
+  _globals['_DURABILITY']._serialized_start=3546
+  _globals['_DURABILITY']._serialized_end=3629
+  _globals['_FINISHREASON']._serialized_start=3631
+  _globals['_FINISHREASON']._serialized_end=3726
+  _globals['_REQUESTSTATE']._serialized_start=3729
+  _globals['_REQUESTSTATE']._serialized_end=3963
   _globals['_GENERATEREQUEST']._serialized_start=124
   _globals['_GENERATEREQUEST']._serialized_end=704
   _globals['_RESUMEREQUEST']._serialized_start=706
@@ -56,45 +58,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=941
   _globals['_CHATMESSAGE']._serialized_end=985
   _globals['_SAMPLINGPARAMS']._serialized_start=988
-  _globals['_SAMPLINGPARAMS']._serialized_end=1156
-  _globals['_STOPPARAMS']._serialized_start=1158
-  _globals['_STOPPARAMS']._serialized_end=1268
-  _globals['_OUTPUTOPTIONS']._serialized_start=1271
-  _globals['_OUTPUTOPTIONS']._serialized_end=1401
-  _globals['_GENERATERESPONSE']._serialized_start=1404
-  _globals['_GENERATERESPONSE']._serialized_end=1571
-  _globals['_ACCEPTED']._serialized_start=1573
-  _globals['_ACCEPTED']._serialized_end=1672
-  _globals['_DELTA']._serialized_start=1675
-  _globals['_DELTA']._serialized_end=1844
-  _globals['_TOKENLOGPROBS']._serialized_start=1846
-  _globals['_TOKENLOGPROBS']._serialized_end=1957
-  _globals['_TOKENLOGPROB']._serialized_start=1959
-  _globals['_TOKENLOGPROB']._serialized_end=2029
-  _globals['_FINISH']._serialized_start=2031
-  _globals['_FINISH']._serialized_end=2149
-  _globals['_CHOICEFINISH']._serialized_start=2152
-  _globals['_CHOICEFINISH']._serialized_end=2299
-  _globals['_USAGE']._serialized_start=2301
-  _globals['_USAGE']._serialized_end=2381
-  _globals['_CANCELREQUEST']._serialized_start=2383
-  _globals['_CANCELREQUEST']._serialized_end=2418
-  _globals['_CANCELRESPONSE']._serialized_start=2420
-  _globals['_CANCELRESPONSE']._serialized_end=2436
-  _globals['_GETREQUESTREQUEST']._serialized_start=2438
-  _globals['_GETREQUESTREQUEST']._serialized_end=2477
-  _globals['_GETREQUESTRESPONSE']._serialized_start=2480
-  _globals['_GETREQUESTRESPONSE']._serialized_end=2739
-  _globals['_TIMELINEEVENT']._serialized_start=2742
-  _globals['_TIMELINEEVENT']._serialized_end=2924
-  _globals['_TIMELINEEVENT_DETAILENTRY']._serialized_start=2879
-  _globals['_TIMELINEEVENT_DETAILENTRY']._serialized_end=2924
-  _globals['_LISTMODELSREQUEST']._serialized_start=2926
-  _globals['_LISTMODELSREQUEST']._serialized_end=2945
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2947
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3010
-  _globals['_MODEL']._serialized_start=3012
-  _globals['_MODEL']._serialized_end=3132
-  _globals['_INFERENCESERVICE']._serialized_start=3653
-  _globals['_INFERENCESERVICE']._serialized_end=4112
+  _globals['_SAMPLINGPARAMS']._serialized_end=1469
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1294
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1342
+  _globals['_STOPPARAMS']._serialized_start=1471
+  _globals['_STOPPARAMS']._serialized_end=1581
+  _globals['_OUTPUTOPTIONS']._serialized_start=1584
+  _globals['_OUTPUTOPTIONS']._serialized_end=1714
+  _globals['_GENERATERESPONSE']._serialized_start=1717
+  _globals['_GENERATERESPONSE']._serialized_end=1884
+  _globals['_ACCEPTED']._serialized_start=1886
+  _globals['_ACCEPTED']._serialized_end=1985
+  _globals['_DELTA']._serialized_start=1988
+  _globals['_DELTA']._serialized_end=2157
+  _globals['_TOKENLOGPROBS']._serialized_start=2159
+  _globals['_TOKENLOGPROBS']._serialized_end=2270
+  _globals['_TOKENLOGPROB']._serialized_start=2272
+  _globals['_TOKENLOGPROB']._serialized_end=2342
+  _globals['_FINISH']._serialized_start=2344
+  _globals['_FINISH']._serialized_end=2462
+  _globals['_CHOICEFINISH']._serialized_start=2465
+  _globals['_CHOICEFINISH']._serialized_end=2612
+  _globals['_USAGE']._serialized_start=2614
+  _globals['_USAGE']._serialized_end=2694
+  _globals['_CANCELREQUEST']._serialized_start=2696
+  _globals['_CANCELREQUEST']._serialized_end=2731
+  _globals['_CANCELRESPONSE']._serialized_start=2733
+  _globals['_CANCELRESPONSE']._serialized_end=2749
+  _globals['_GETREQUESTREQUEST']._serialized_start=2751
+  _globals['_GETREQUESTREQUEST']._serialized_end=2790
+  _globals['_GETREQUESTRESPONSE']._serialized_start=2793
+  _globals['_GETREQUESTRESPONSE']._serialized_end=3052
+  _globals['_TIMELINEEVENT']._serialized_start=3055
+  _globals['_TIMELINEEVENT']._serialized_end=3237
+  _globals['_TIMELINEEVENT_DETAILENTRY']._serialized_start=3192
+  _globals['_TIMELINEEVENT_DETAILENTRY']._serialized_end=3237
+  _globals['_LISTMODELSREQUEST']._serialized_start=3239
+  _globals['_LISTMODELSREQUEST']._serialized_end=3258
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3260
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3323
+  _globals['_MODEL']._serialized_start=3325
+  _globals['_MODEL']._serialized_end=3445
+  _globals['_INFERENCESERVICE']._serialized_start=3966
+  _globals['_INFERENCESERVICE']._serialized_end=4425
 # @@protoc_insertion_point(module_scope)
