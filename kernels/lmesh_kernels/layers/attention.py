@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.layers.linear import Linear
+from lmesh_kernels.layers.norm import RMSNorm
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.ops.attention_plan import AttentionPlan, plan_attention
 from lmesh_kernels.ops.attention_work import AttentionWork
@@ -90,15 +91,24 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else None
         self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Tensor, batch: PagedBatch, attention: PagedAttention) -> Tensor:
-        """x [T, hidden], rotation [T, head_dim]; returns [T, hidden]."""
+    def after_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: RMSNorm,
+        rotation: Tensor,
+        batch: PagedBatch,
+        attention: PagedAttention,
+    ) -> tuple[Tensor, Tensor]:
+        """The block on norm(x + residual) [T, hidden], and x + residual; rotation [T, head_dim]."""
+        qkv, total = self.qkv.after_norm(x, residual, norm, batch.adapters)
         attended = attention.attend(
             self.layer,
-            self.qkv.forward(x, batch.adapters),
+            qkv,
             rotation,
             batch,
             q_norm=self.q_norm.weight if self.q_norm is not None else None,
             k_norm=self.k_norm.weight if self.k_norm is not None else None,
             eps=self.eps,
         )
-        return self.out.forward(attended, batch.adapters)
+        return self.out.forward(attended, batch.adapters), total

@@ -10,6 +10,14 @@ from lmesh_kernels.ops.attention_work import AttentionWork
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingIds:
+    """Ids that only the device knows yet."""
+
+    slots: Tensor  # [T]: where each token's id is among `last_ids`; -1 if `PagedBatch.ids` has it
+    last_ids: Tensor  # [slots] int64
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PagedBatch:
     """T tokens of S sequences, concatenated; sequences 0..num_decodes-1 have exactly one, the others any number from 1.
@@ -23,6 +31,7 @@ class PagedBatch:
     positions: Tensor  # [T] int64 or int32, absolute positions
     kv_slots: Tensor  # [T] int64 (int32 on accelerators), block * block_size + offset where each token's K and V go
     block_tables: Tensor  # [rows, max_blocks] int32; entries past a sequence's end hold any valid block
+    pending: PendingIds | None = None
     num_decodes: int = 0
     q_lens_host: tuple[int, ...] = ()
     kv_lens_host: tuple[int, ...] = ()  # cached, including this step's tokens

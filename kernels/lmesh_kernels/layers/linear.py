@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lmesh_kernels.layers.norm import RMSNorm
+from lmesh_kernels.ops.gated_linear import norm_gated_linear
 from lmesh_kernels.ops.linear import linear, pack
+from lmesh_kernels.ops.norm_linear import norm_linear
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, add_adapters_
+from lmesh_kernels.ops.silu_mul import silu_mul
 from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 
@@ -49,3 +53,21 @@ class Linear(nn.Module):
         if adapters:
             add_adapters_(y, x, self.slot, adapters, self.bias)
         return y
+
+    def after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, adapters: AdapterRows = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor]:
+        """The product of norm(x + residual), and x + residual [T, inputs]: in as few launches as the device can."""
+        if adapters:
+            normed, total = norm.forward(x, residual)
+            return self.forward(normed, adapters), total
+        return norm_linear(x, residual, norm.weight, norm.eps, self.matrix(), self.bias, self._packed)
+
+    def gated_after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, adapters: AdapterRows = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor]:
+        """silu(first half) * second half [T, outputs / 2] of `after_norm`'s product, and x + residual."""
+        if adapters:  # they add to both halves before the activation
+            y, total = self.after_norm(x, residual, norm, adapters)
+            return silu_mul(y), total
+        return norm_gated_linear(x, residual, norm.weight, norm.eps, self.matrix(), self.bias, self._packed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lmesh_kernels.layers.linear import Linear
+from lmesh_kernels.layers.norm import RMSNorm
 from lmesh_kernels.models.config import ModelConfig
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
-from lmesh_kernels.ops.silu_mul import silu_mul
 
 
 class MLP(nn.Module):
@@ -18,6 +18,9 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        """x [T, hidden], and which of its rows have adapters; returns [T, hidden]."""
-        return self.down.forward(silu_mul(self.gate_up.forward(x, adapters)), adapters)
+    def after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, adapters: AdapterRows = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor]:
+        """The block on norm(x + residual) [T, hidden], and x + residual; `adapters` are those of the rows."""
+        active, total = self.gate_up.gated_after_norm(x, residual, norm, adapters)
+        return self.down.forward(active, adapters), total

@@ -12,7 +12,7 @@ from lmesh_kernels.layers.mlp import MLP
 from lmesh_kernels.layers.norm import RMSNorm
 from lmesh_kernels.models.arena import lay_out
 from lmesh_kernels.models.config import ModelConfig, Quantisation
-from lmesh_kernels.ops.embedding import embed, vocabulary_logits
+from lmesh_kernels.ops.embedding import embed, embed_pending, vocabulary_logits
 from lmesh_kernels.ops.linear import pack
 from lmesh_kernels.ops.rope import rope_table
 
@@ -41,10 +41,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, residual: Tensor | None, rotation: Tensor, batch: PagedBatch, attention: PagedAttention
     ) -> tuple[Tensor, Tensor]:
         """Returns (this layer's last addition [T, hidden], the residual stream before it)."""
-        normed, residual = self.attention_norm.forward(x, residual)
-        attended = self.attention.forward(normed, rotation, batch, attention)
-        normed, residual = self.mlp_norm.forward(attended, residual)
-        return self.mlp.forward(normed, batch.adapters), residual
+        attended, residual = self.attention.after_norm(x, residual, self.attention_norm, rotation, batch, attention)
+        return self.mlp.after_norm(attended, residual, self.mlp_norm, batch.adapters)
 
 
 class Decoder(nn.Module):
@@ -104,7 +102,11 @@ class Decoder(nn.Module):
         """
         attention.prepare(batch, self.dtype)
         rotation = self.rotations.index_select(0, batch.positions)
-        x = embed(batch.ids, self.embedding.weight)
+        weight, pending = self.embedding.weight, batch.pending
+        if pending is None:
+            x = embed(batch.ids, weight)
+        else:
+            x = embed_pending(batch.ids, pending.slots, pending.last_ids, weight)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, rotation, batch, attention)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmesh_kernels.ops.backend import takes_triton
 from lmesh_kernels.ops.linear import linear, linear_reference
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
@@ -19,6 +20,20 @@ def embed(ids: Tensor, weight: Tensor) -> Tensor:
 def embed_reference(ids: Tensor, weight: Tensor) -> Tensor:
     """As `embed`, in plain torch."""
     return weight.index_select(0, ids)
+
+
+def embed_pending(ids: Tensor, slots: Tensor, last_ids: Tensor, weight: Tensor) -> Tensor:
+    """As `embed`, of ids that the host does not all know: where slots [T] is not -1, the id is last_ids[slot]."""
+    if takes_triton(weight):
+        from lmesh_kernels.ops.embedding_kernels import embed_pending_triton
+
+        return embed_pending_triton(ids, slots, last_ids, weight)
+    return embed_pending_reference(ids, slots, last_ids, weight)
+
+
+def embed_pending_reference(ids: Tensor, slots: Tensor, last_ids: Tensor, weight: Tensor) -> Tensor:
+    """As `embed_pending`, in plain torch."""
+    return embed_reference(torch.where(slots < 0, ids, last_ids[slots.clamp(min=0)]), weight)
 
 
 def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = None, *, widened: bool = True) -> Tensor:

@@ -32,11 +32,7 @@ def compute_step(
     decoder: Decoder, attention: PagedAttention, last_ids: Tensor, tables: LogitTables, inputs: StepInputs
 ) -> StepOutputs:
     """Runs one step; `last_ids` [slots] gives ids to it and takes the new ones. Nothing in it asks the device."""
-    batch = inputs.batch
-    # In place, so that the batch keeps its addresses: ids that the host does not know come from the device.
-    known = inputs.token_slots < 0
-    batch.ids.copy_(torch.where(known, batch.ids, last_ids[inputs.token_slots.clamp(min=0)]))
-    hidden = decoder.forward(batch, attention)
+    hidden = decoder.forward(inputs.batch, attention)
     return _sampled(decoder, hidden, inputs.sampling, last_ids, tables)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from lmesh_kernels.layers.attention import PagedAttention
+from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, Pieces, Shape, plan_pieces, shared_prefixes
@@ -24,7 +25,6 @@ from lmesh_worker.engine.inputs import (
     StepColumns,
     StepInputs,
     adapter_rows,
-    batch_on_device,
     gather,
     hints,
     prompt_scoring,
@@ -175,8 +175,14 @@ class DeviceSteps:
             has_wide=kinds.wide,
             has_parts=kinds.parts,
         )
-        batch = batch_on_device(
-            views["ids"], views["positions"], views["kv_slots"], self._slots.device_tables, work, adapters
+        batch = PagedBatch(
+            ids=views["ids"],
+            positions=views["positions"],
+            kv_slots=views["kv_slots"],
+            block_tables=self._slots.device_tables,
+            pending=PendingIds(views["token_slots"], self._slots.last_ids),
+            adapters=adapters,
+            work=work,
         )
         params = SampleParams(
             temperature=views["temperature"],
@@ -188,7 +194,7 @@ class DeviceSteps:
             position=views["sample_positions"],
         )
         sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
-        return StepInputs(batch=batch, token_slots=views["token_slots"], sampling=sampling)
+        return StepInputs(batch=batch, sampling=sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,6 @@ class HostSteps:
         adapters = adapter_rows(plan, columns, _put, self._bank)
         inputs = StepInputs(
             batch=batch_on_host(columns, self._slots, self._block_size, _put, adapters),
-            token_slots=_put(columns.token_slots),
             sampling=sampling(columns, self._slots, _put, self._tables.build(sampled(plan), _put)),
         )
         scoring = prompt_scoring(plan, columns, _put)

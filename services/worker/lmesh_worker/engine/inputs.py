@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
-from lmesh_kernels.layers.batch import PagedBatch
+from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank, Resident
-from lmesh_kernels.ops.attention_work import AttentionWork
 from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
 from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
@@ -74,7 +73,6 @@ class StepInputs:
     """All that the device reads in one step."""
 
     batch: PagedBatch
-    token_slots: Tensor  # [T]: where on the device a token's id is, -1 if it is in batch.ids
     sampling: Sampling
 
 
@@ -139,6 +137,7 @@ def batch_on_host(columns: StepColumns, slots: Slots, block_size: int, put: Put,
         positions=put(columns.positions.astype(np.int64)),
         kv_slots=put(columns.kv_slots.astype(np.int64)),
         block_tables=put(tables),
+        pending=PendingIds(put(columns.token_slots), slots.last_ids),
         num_decodes=columns.num_decodes,
         q_lens_host=tuple(columns.q_lens.tolist()),
         kv_lens_host=tuple(columns.kv_lens.tolist()),
@@ -232,17 +231,3 @@ def _tiles(residents: list[Resident], rows: list[Longs], put: Put, bank: Adapter
     directories = [resident.directory for resident in residents]
     most = max(resident.most_ranks for resident in residents)
     return plan_segments(rows, directories, bank.numbers, most, put=put)
-
-
-def batch_on_device(
-    ids: Tensor, positions: Tensor, kv_slots: Tensor, tables: Tensor, work: AttentionWork, adapters: AdapterRows
-) -> PagedBatch:
-    """The batch as an accelerator's ops read it: tables by slot, which are there already, and attention's pieces."""
-    return PagedBatch(
-        ids=ids,
-        positions=positions,
-        kv_slots=kv_slots,
-        block_tables=tables,
-        adapters=adapters,
-        work=work,
-    )
