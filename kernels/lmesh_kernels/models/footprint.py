@@ -43,7 +43,7 @@ def activation_bytes(
     """
     return max(
         _layer_bytes(config, max_tokens, dtype) + _attention_bytes(config, max_tokens, dtype, device_type),
-        max_tokens * config.hidden_size * dtype.itemsize + _sampling_bytes(config, max_seqs, dtype),
+        max_tokens * config.hidden_size * dtype.itemsize + _sampling_bytes(config, max_seqs, dtype, device_type),
     )
 
 
@@ -65,6 +65,9 @@ def _attention_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype, d
     return max(longest, group) + mask
 
 
-def _sampling_bytes(config: ModelConfig, max_seqs: int, dtype: torch.dtype) -> int:
-    """Logits in the model's dtype, float32, adjusted, tempered, sorted with indices, their mass, and the noise."""
-    return max_seqs * config.vocab_size * (dtype.itemsize + 4 * 8 + 8)
+def _sampling_bytes(config: ModelConfig, max_seqs: int, dtype: torch.dtype, device_type: str) -> int:
+    """Logits in the model's dtype and float32; adjusted, tempered, sorted with indices, their mass, and the noise.
+
+    On an accelerator the sampler copies nothing of the vocabulary's size: what is left are log-probabilities' sums.
+    """
+    return max_seqs * config.vocab_size * (dtype.itemsize + (4 * 8 + 8 if device_type == "cpu" else 4 * 4))

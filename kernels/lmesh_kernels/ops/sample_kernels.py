@@ -5,6 +5,12 @@ takes two launches: `_scan` (best, and whether all is finite) and `_finish`. Ran
 which reads the logits once more with the noise; truncated ones those of `truncate_kernels` before it. Kinds mix: a row
 skips the launches that are not its own. Every result is the same whatever the number of pieces, so a row's id does not
 depend on how many others there are.
+
+On an H200 (copies at 4.3 TB/s), bfloat16, 128256 ids of a normal distribution of 2.5, replays of a graph, in us for 1,
+8, 64 and 256 rows (`kernels/benchmarks/sample.py`): greedy 16, 17, 18, 41 (torch's argmax and a sum: 45, 47,
+47, 80; one reading 0.1, 0.5, 4, 15); with penalties 13, 19, 30, 92; random 16, 19, 49, 161; top_k 50 with top_p 0.95
+47, 61, 159, 528 (a full sort 358, 702, 2041, 6943), of which at 256 rows the histogram has 241. What is left there:
+counting only what may be kept, and the noise, whose integers are what random rows wait for.
 """
 
 from __future__ import annotations
