@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmesh_kernels.ops.prompt_attention import Prompt
+
 Ints = NDArray[np.int32]
 
 FIELDS = 8  # of a piece: first row, rows, sequence, first key, end of keys, position of the first row, part, nothing
@@ -67,6 +69,7 @@ class AttentionWork:
     has_narrow: bool
     has_wide: bool
     has_parts: bool
+    prompts: tuple[Prompt, ...] = ()  # whole prompts that another kernel takes
 
 
 def plan_pieces(
@@ -76,11 +79,13 @@ def plan_pieces(
     *,
     groups: tuple[tuple[int, int, int], ...] = (),
     names: Ints | None = None,
+    apart: NDArray[np.bool_] | None = None,
 ) -> Pieces:
     """The pieces of a step of S sequences: q_lens new tokens each, its last, of kv_lens cached ones.
 
     `groups` are (first sequence, end, shared keys): neighbours of one new token each whose first so many keys are the
-    same blocks. `names` are the sequences' rows in the block tables, where those are not 0 to S - 1.
+    same blocks. `names` are the sequences' rows in the block tables, where those are not 0 to S - 1. Sequences
+    that are `apart` get no pieces.
     """
     firsts = np.zeros(len(q_lens) + 1, np.int32)
     np.cumsum(q_lens, out=firsts[1:])
@@ -96,7 +101,7 @@ def plan_pieces(
         end=kv_lens[single],
         position=kv_lens[single] - 1,
     )
-    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape)])
+    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape, apart)])
     if names is not None:
         narrow[:, 2], wide[:, 2] = names[narrow[:, 2]], names[wide[:, 2]]
     return _split(narrow, wide, int(firsts[-1]), shape)
@@ -122,9 +127,10 @@ def _shared_tiles(groups: tuple[tuple[int, int, int], ...], firsts: Ints, shape:
     return np.concatenate(tiles)
 
 
-def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape) -> Ints:
+def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape, apart: NDArray[np.bool_] | None) -> Ints:
     """Tiles of prefill chunks, those with the most keys first: the last to be taken up should be short."""
-    chunks = np.flatnonzero(q_lens > 1).astype(np.int32)
+    chunked = q_lens > 1 if apart is None else (q_lens > 1) & ~apart
+    chunks = np.flatnonzero(chunked).astype(np.int32)
     counts = -(-q_lens[chunks] // shape.wide_rows)
     sequence = np.repeat(chunks, counts)
     nth = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.ops.attention_work import AttentionWork, Shape, on_device, plan_pieces
+from lmesh_kernels.ops.prompt_attention import attend_prompt, takes_prompts
 
 _PROGRAMS = 8  # of a processor
 _MOST_PARTS = 4096  # rows' parts in one step: bounds the room for them
@@ -71,6 +72,7 @@ class DeviceAttention:
             most_parts=_MOST_PARTS,
             invariant=invariant,
         )
+        self.takes_prompts = not invariant and takes_prompts(dtype, head_dim, device)
         heads = kv_heads * group
         self.scratch = Scratch(
             parts=torch.empty(_MOST_PARTS, heads, head_dim, dtype=torch.float32, device=device),
@@ -89,7 +91,7 @@ class DeviceAttention:
         """As `paged_attention`, of what `work` says; `tables` [rows, blocks] int32 are those that its pieces name."""
         from lmesh_kernels.ops.paged_attention_kernels import paged_attention_triton
 
-        return paged_attention_triton(
+        out = paged_attention_triton(
             q,
             keys,
             values,
@@ -101,6 +103,9 @@ class DeviceAttention:
             wide=self.wide,
             programs=self.programs,
         )
+        for prompt in work.prompts:
+            attend_prompt(q, keys, values, tables, prompt, out, scale=scale)
+        return out
 
 
 def _processors(device: torch.device) -> int:

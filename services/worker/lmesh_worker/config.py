@@ -26,7 +26,7 @@ class WorkerSettings(ChassisSettings):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights; the model may be a folder without any
     max_seqs: int = 0
     max_step_tokens: int = 0
-    block_size: int = 16
+    block_size: int = 0
     kv_blocks: int = 0
     kv_cache_bytes: int = 0
     memory_fraction: float = 0.0  # of the free memory, for weights, activations and KV together
@@ -49,6 +49,7 @@ class WorkerSettings(ChassisSettings):
 
     def __post_init__(self) -> None:
         for name in (
+            "block_size",
             "max_seqs",
             "max_step_tokens",
             "kv_blocks",
@@ -59,7 +60,7 @@ class WorkerSettings(ChassisSettings):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (planned) or more")
-        for name in ("block_size", "max_unacked_steps", "max_unacked_bytes", "max_engine_backlog_bytes"):
+        for name in ("max_unacked_steps", "max_unacked_bytes", "max_engine_backlog_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.pipeline_depth not in (-1, 0, 1):

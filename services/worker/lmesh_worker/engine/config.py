@@ -16,7 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     quantization: str = "auto"  # auto (the checkpoint's own) | none | nf4
     load_format: str = "auto"  # auto (the checkpoint) | dummy (random weights, made on the device)
-    block_size: int = 16  # tokens a KV block
+    block_size: int = 0  # tokens a KV block
     kv_blocks: int = 0  # overrides the plan
     kv_cache_bytes: int = 0  # overrides the plan, in bytes
     memory_fraction: float = 0.0  # of the device's free memory, for weights, activations and KV together
@@ -33,11 +33,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be."""
         counts = ("kv_blocks", "kv_cache_bytes", "max_seqs", "max_step_tokens", "max_model_len", "threads")
-        for name in (*counts, "max_adapter_bytes"):
+        for name in (*counts, "max_adapter_bytes", "block_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.block_size < 1:
-            raise ConfigError(f"block_size must be at least 1, not {self.block_size}")
         if not 0 <= self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must lie in [0, 1], not {self.memory_fraction}")
         if self.pipeline_depth not in (-1, 0, 1):

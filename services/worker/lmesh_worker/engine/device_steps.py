@@ -10,6 +10,7 @@ from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, Pieces, Shape, plan_pieces, shared_prefixes
+from lmesh_kernels.ops.prompt_attention import LEAST, Prompt
 from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
 from lmesh_kernels.platforms.platform import Platform
@@ -58,6 +59,7 @@ class DeviceSteps:
         assert attention.device is not None
         self._decoder, self._attention, self._slots, self._tables = decoder, attention, slots, tables
         self._bank, self._block_size, self._shape = bank, block_size, attention.device.shape
+        self._takes_prompts = attention.device.takes_prompts
         self._arena = Arena(platform, capacity=_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
         self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
 
@@ -66,36 +68,51 @@ class DeviceSteps:
         self._slots.take_in([row.sequence for row in plan.rows])
         _neighbours(plan, self._slots)
         columns = gather(plan, self._slots, self._block_size)
-        pieces = self._pieces(columns)
+        prompts = self._prompts(columns)
+        pieces = self._pieces(columns, prompts)
         told = hints(columns, self._slots)
         self._arena.begin()
         adapted = any(row.sequence.adapter for row in plan.rows)
         adjusts = bool(self._slots.adjusts[columns.sample_slots].any())
         key = None
-        if self.graphs is not None and not adapted and not adjusts:
+        if self.graphs is not None and not (adapted or adjusts or prompts):
             key = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told)
         if key is None:
             put = self._arena.put
             adapters = adapter_rows(plan, columns, put, self._bank) if adapted else NO_ADAPTERS
             adjusting = self._tables.build(sampled(plan), put) if adjusts else None
-            compute = self._as_it_is(columns, pieces, told, adapters, adjusting)
+            compute = self._as_it_is(columns, pieces, prompts, told, adapters, adjusting)
             return columns, prompt_scoring(plan, columns, put), compute
         compute = self._captured(key, columns, pieces, told)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
 
-    def _pieces(self, columns: StepColumns) -> Pieces:
+    def _pieces(self, columns: StepColumns, prompts: tuple[Prompt, ...]) -> Pieces:
+        apart = np.isin(columns.slots, [prompt.table for prompt in prompts]) if prompts else None
         count = columns.num_decodes
         groups: tuple[tuple[int, int, int], ...] = ()
         if count > 1 and not self._shape.invariant:
             width = -(-int(columns.kv_lens[:count].min()) // self._block_size)
             tables = self._slots.tables[columns.slots[:count], :width]
             groups = shared_prefixes(tables, columns.kv_lens[:count], self._block_size)
-        return plan_pieces(columns.q_lens, columns.kv_lens, self._shape, groups=groups, names=columns.slots)
+        return plan_pieces(
+            columns.q_lens, columns.kv_lens, self._shape, groups=groups, names=columns.slots, apart=apart
+        )
+
+    def _prompts(self, columns: StepColumns) -> tuple[Prompt, ...]:
+        """Long prompts of which nothing was cached."""
+        if not self._takes_prompts:
+            return ()
+        whole = np.flatnonzero((columns.q_lens >= LEAST) & (columns.q_lens == columns.kv_lens)).tolist()
+        return tuple(
+            Prompt(first=int(columns.begins[i]), length=int(columns.q_lens[i]), table=int(columns.slots[i]))
+            for i in whole
+        )
 
     def _as_it_is(
         self,
         columns: StepColumns,
         pieces: Pieces,
+        prompts: tuple[Prompt, ...],
         told: SampleHints,
         adapters: AdapterRows,
         adjusting: Adjusting | None,
@@ -104,7 +121,7 @@ class DeviceSteps:
             name: self._arena.put(values) for name, (values, _, _) in _columns(columns, pieces, self._slots).items()
         }
         kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), parts=bool(pieces.parts.any()))
-        inputs = self._inputs(views, kinds, told, adapters, adjusting)
+        inputs = self._inputs(views, kinds, told, prompts, adapters, adjusting)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -161,6 +178,7 @@ class DeviceSteps:
         views: dict[str, Tensor],
         kinds: _Kinds,
         told: SampleHints,
+        prompts: tuple[Prompt, ...] = (),
         adapters: AdapterRows = NO_ADAPTERS,
         adjusting: Adjusting | None = None,
     ) -> StepInputs:
@@ -174,6 +192,7 @@ class DeviceSteps:
             has_narrow=kinds.narrow,
             has_wide=kinds.wide,
             has_parts=kinds.parts,
+            prompts=prompts,
         )
         batch = PagedBatch(
             ids=views["ids"],

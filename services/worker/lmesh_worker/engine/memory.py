@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 # (sequences, tokens) of a step, share of free memory, cap of the KV cache in bytes (0: none) by kind of device. A
 # CPU shares its memory with everything else on the machine, so it takes a smaller share and no more than it needs.
 _DEFAULTS = {"cpu": (32, 512, 0.4, 4 << 30)}
-_DEVICE_DEFAULTS = (256, 8192, 0.9, 0)
+# Of an accelerator the tokens are a prompt of 8,192 beside a row of every sequence: such prompts are not cut.
+_DEVICE_DEFAULTS = (256, 8192 + 256, 0.9, 0)
+# Tokens of a KV block: on an accelerator as many as attention takes at once, so that it looks each block up once.
+_BLOCK = {"cpu": 16}
+_BLOCK_DEVICE = 64
 # Of all live adapters together: a share of the memory that the engine may use, which the KV cache then does not get.
 _ADAPTER_SHARE = {"cpu": 0.05}
 _ADAPTER_SHARE_DEVICE = 0.02
@@ -62,7 +66,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
     tables = LogitTables.planned_bytes(max_seqs, model.vocab_size)
     activations += unfolded_bytes(model, dtype) if quantisation == "nf4" else 0
-    block = KVCache.bytes_per_block(model, config.block_size, dtype)
+    block_size = config.block_size or _BLOCK.get(platform.name, _BLOCK_DEVICE)
+    block = KVCache.bytes_per_block(model, block_size, dtype)
     budget = int(free * (config.memory_fraction or fraction))
     plain = platform.name == "cpu" and dtype is torch.float32 and quantisation == "none"
     packed = packed_bytes(model, dtype) if plain else 0
@@ -82,7 +87,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         "kv_block": block,
     }
     _check_fit(lines, kv_blocks * block > free - weights - packed - activations - tables - adapters)
-    max_model_len = _max_model_len(config, model, kv_blocks, lines)
+    max_model_len = _max_model_len(config, model, kv_blocks, block_size, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(
         dtype=dtype,
@@ -90,9 +95,9 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         max_seqs=max_seqs,
         max_step_tokens=max_tokens,
         max_model_len=max_model_len,
-        block_size=config.block_size,
+        block_size=block_size,
         kv_blocks=kv_blocks,
-        max_blocks=-(-max_model_len // config.block_size),
+        max_blocks=-(-max_model_len // block_size),
         adapter_bytes=adapters,
         pack_weights=packed > 0,
         lines=lines,
@@ -116,14 +121,16 @@ def _check_fit(lines: dict[str, int], too_much: bool) -> None:
         )
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig, kv_blocks: int, lines: dict[str, int]) -> int:
-    held = kv_blocks * config.block_size
+def _max_model_len(
+    config: EngineConfig, model: ModelConfig, kv_blocks: int, block_size: int, lines: dict[str, int]
+) -> int:
+    held = kv_blocks * block_size
     asked = config.max_model_len
     if asked > model.max_position_embeddings:
         raise ConfigError(f"max_model_len {asked} exceeds the model's {model.max_position_embeddings} positions")
     if asked > held:
         raise ConfigError(
-            f"one sequence of max_model_len {asked} needs {-(-asked // config.block_size)} KV blocks of "
+            f"one sequence of max_model_len {asked} needs {-(-asked // block_size)} KV blocks of "
             f"{lines['kv_block']} bytes; the plan has {kv_blocks}"
         )
     if not asked and held < model.max_position_embeddings:

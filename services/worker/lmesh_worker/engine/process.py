@@ -108,16 +108,25 @@ def _serve(channel: Channel, source: str) -> int:
 def loop(engine: Engine, channel: Channel) -> None:
     """Commands, a step, its report; waits for commands only when there is nothing to do."""
     while True:
-        for command in channel.receive(
-            wait=not engine.has_work, at_most_s=_POLL_S if engine.adapters.reading else None
-        ):
+        idle = not engine.has_work
+        wait = idle and not engine.cold
+        for command in channel.receive(wait=wait, at_most_s=_POLL_S if engine.adapters.reading else None):
             if not _apply(engine, command):
                 return
+        if idle and engine.cold and not engine.has_work:
+            _warm_next(engine, channel)
         for loaded in engine.adapters.loaded():
             channel.send(loaded)
         report = engine.step()
         if report is not None:
             channel.send(report)
+
+
+def _warm_next(engine: Engine, channel: Channel) -> None:
+    """First-time work while nobody waits; a request that comes meanwhile waits for one piece of it."""
+    channel.send(ProgressChange(Progress.COMPILING))
+    engine.warm_next()
+    channel.send(ProgressChange(Progress.OK))
 
 
 def _apply(engine: Engine, command: Command) -> bool:
