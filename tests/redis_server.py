@@ -17,6 +17,12 @@ from lmesh_cli import tether
 START_S = 20.0
 
 
+def memory_only(folder: Path) -> list[str]:
+    """The launcher's server, but that it writes nothing."""
+    command = embedded.command(embedded.find_server(), folder, folder)
+    return tether.command([*command, "--appendonly", "no"])
+
+
 class RedisServer:
     """The server in one folder; it keeps nothing on disk, so a restarted one is empty."""
 
@@ -29,8 +35,7 @@ class RedisServer:
         return embedded.url(self._folder)
 
     async def start(self) -> None:
-        command = tether.command(embedded.command(embedded.find_server(), self._folder))
-        self._process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+        self._process = await asyncio.create_subprocess_exec(*memory_only(self._folder), stdout=subprocess.DEVNULL)
         async with asyncio.timeout(START_S):
             while not await embedded.answers(self._folder):
                 assert self._process.returncode is None, "the Redis server ended at its start"

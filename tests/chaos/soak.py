@@ -17,9 +17,9 @@ from pathlib import Path
 
 import redis
 from lmesh_cli import redis_server as embedded
-from lmesh_cli import tether
 
 from tests.chaos.simulation import Outcome, Shape, simulate
+from tests.redis_server import memory_only
 
 START_S = 20.0
 
@@ -28,8 +28,7 @@ START_S = 20.0
 def store() -> Iterator[redis.Redis]:
     """A Redis of one's own, and a blocking client of it."""
     folder = Path(tempfile.mkdtemp(prefix="lmr-"))
-    command = tether.command(embedded.command(embedded.find_server(), folder))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(memory_only(folder), stdout=subprocess.DEVNULL)
     try:
         client = redis.Redis(unix_socket_path=str(embedded.socket_path(folder)))
         deadline = time.perf_counter() + START_S

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lmesh_kernels.layers.packed_batch import Segment, pack_batch
 from lmesh_kernels.layers.recompute import Recompute
+from lmesh_kernels.models.home import ResidentHome
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.models.registry import load_model
 from lmesh_kernels.text.digests import model_digest
@@ -106,13 +107,17 @@ def subject_of(told: JobSpec, files: ModelFiles, precision: Precision = Precisio
         quantisation="nf4" if told.load_in_4bit else None,
         growth=growth(told, files),
     )
-    subject = make_subject(told, decoder, files, precision=precision, recompute=Recompute.NONE)
+    subject = make_subject(told, ResidentHome(decoder), files, precision=precision, recompute=Recompute.NONE)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in subject.parameters:
             parameter.master.add_(0.05 * torch.randn(parameter.master.shape, generator=generator))
         subject.parameters.publish()
     return subject
+
+
+def published(subject: Subject, place: Path) -> str:
+    return subject.publish(place / "model", subject.parameters.wholes())
 
 
 def logprobs(logits: Tensor, ids: list[int]) -> Tensor:
@@ -128,7 +133,7 @@ def test_what_is_made_is_what_was_trained(case: Case, bases: dict[str, Path], da
     ids = tokenizer.encode(TEXT * 3, add_special_tokens=False)
     assert len([i for i in ids if i >= 258]) == (9 if "add_tokens" in case.options else 0)
     trained = subject.training.logprobs(pack_batch([Segment(row=0, ids=ids, weights=[1.0] * len(ids))], CPU))[:-1]
-    digest = subject.publish(tmp_path / "model")
+    digest = published(subject, tmp_path)
     written = local_files(tmp_path / "model")
     assert digest == model_digest(written)
     served = logprobs(PagedRunner(load_model(written, dtype=torch.float32, device=CPU)).full([ids])[0], ids)
@@ -158,7 +163,7 @@ def test_a_gguf_file_s_beginning_of_text(bases: dict[str, Path], dataset: Path, 
     (base / "tokenizer_config.json").write_text(json.dumps(told | {"add_bos_token": adds_bos}))
     export(local_files(base), {}, tmp_path / "base.gguf", ExportKind.GGUF_F16)
     files = local_files(tmp_path / "base.gguf")
-    subject_of(spec(base, dataset, method="full", **NEW), files).publish(tmp_path / "model")
+    published(subject_of(spec(base, dataset, method="full", **NEW), files), tmp_path)
     ids = load_tokenizer(files, added_tokens(spec(base, dataset, **NEW))).encode(TEXT, add_special_tokens=True)
     assert (ids[0] == 256) is adds_bos
     assert load_tokenizer(local_files(tmp_path / "model")).encode(TEXT, add_special_tokens=True) == ids
@@ -171,7 +176,7 @@ def test_spare_rows_in_a_gguf_file(bases: dict[str, Path], dataset: Path, tmp_pa
     files = local_files(with_tokenizer(save_family(spare, tmp_path / "base")))
     told = spec(files.path, dataset, **NEW)
     assert trained_config(told, files).vocab_size == 272
-    subject_of(told, files).publish(tmp_path / "model")
+    published(subject_of(told, files), tmp_path)
     export(local_files(tmp_path / "model"), {}, tmp_path / "out.gguf", ExportKind.GGUF_F16)
     metadata = read_metadata(tmp_path / "out.gguf")
     assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.token_type"]) == 272
@@ -187,7 +192,7 @@ def test_other_lists_of_tokens_have_them_too(bases: dict[str, Path], dataset: Pa
     (base / "tokenizer_config.json").write_text(json.dumps(told | {"added_tokens_decoder": listed}))
     (base / "added_tokens.json").write_text('{"<s>": 256, "</s>": 257}')
     made = spec(base, dataset, **NEW)
-    subject_of(made, local_files(base)).publish(tmp_path / "model")
+    published(subject_of(made, local_files(base)), tmp_path)
     found = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert {number: (told["content"], told["special"]) for number, told in found.items()} == {
         "256": ("<s>", True),
@@ -219,7 +224,7 @@ def test_a_checkpoint_in_nf4_is_made_into_a_dense_one(bases: dict[str, Path], da
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (base / "config.json").write_text(json.dumps(told | {"quantization_config": nf4}))
     subject = subject_of(spec(base, dataset, lora=BOTH), local_files(base))
-    subject.publish(tmp_path / "model")
+    published(subject, tmp_path)
     ids = list(range(60, 140))
     trained = subject.training.logprobs(pack_batch([Segment(row=0, ids=ids, weights=[1.0] * len(ids))], CPU))[:-1]
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -232,7 +237,7 @@ def test_a_checkpoint_in_nf4_is_made_into_a_dense_one(bases: dict[str, Path], da
 def test_bf16_is_written_as_bf16(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     told = spec(bases["plain"], dataset, **NEW, precision="bf16")
     subject = subject_of(told, local_files(bases["plain"]), Precision.BF16)
-    subject.publish(tmp_path / "model")
+    published(subject, tmp_path)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"

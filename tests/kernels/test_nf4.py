@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -30,6 +32,15 @@ def saved(values: Tensor, *, nested: bool = True, kind: str = "nf4") -> dict[str
     """As transformers writes it into a checkpoint."""
     packed, state = bnb.quantize_4bit(values, blocksize=64, compress_statistics=nested, quant_type=kind)
     return {"w": packed, **{f"w.{name}": part for name, part in state.as_dict(packed=True).items()}}
+
+
+def unfolded(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """The format as it is defined, of bitsandbytes' own codes, levels and statistics: rounded once, from float32."""
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: state.shape.numel()]
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return (state.code[codes.long()] * scales.repeat_interleave(64)[: len(codes)]).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +92,10 @@ def test_what_bitsandbytes_saved_is_read_to_the_bit(dtype: torch.dtype, nested: 
         values = weight(shape, dtype, seed)
         tensors = saved(values, nested=nested)
         packed, state = bnb.quantize_4bit(values, blocksize=64, compress_statistics=nested, quant_type="nf4")
-        assert torch.equal(dequantise(read_nf4("w", tensors), dtype), bnb.dequantize_4bit(packed, state))
+        found = dequantise(read_nf4("w", tensors), dtype)
+        assert torch.equal(found, unfolded(packed, state, dtype).view(shape))
+        if shape[1] % 64 == 0:  # bitsandbytes 0.50's AVX-512 kernel takes another row's statistics where it is not
+            assert torch.equal(found, bnb.dequantize_4bit(packed, state))
         assert [name for name in tensors if not owner(name)] == ["w"]
 
 

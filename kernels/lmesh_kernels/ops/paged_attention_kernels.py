@@ -59,7 +59,7 @@ def _stretch(
     scores = tl.dot(q, k, input_precision=PRECISION)
     if SOFTCAP:
         # softcap * tanh(x / softcap), to the base 2 afterwards.
-        bent = tl.exp2(scores * (-2.0 * scale / softcap))
+        bent = tl.exp2(scores * (-2.885390081777927 * scale / softcap))
         scores = softcap * (2.0 / (1.0 + bent) - 1.0) * 1.4426950408889634
     else:
         scores = scores * scale
