@@ -277,3 +277,14 @@ def test_everything_ends_with_its_length(
         assert len(one.ids) == length + new
         assert one.state is State.ENDED
     assert batcher.pool.num_held == 0
+
+
+def test_prompts_that_nearly_fill_a_step_are_not_cut_by_what_one_leaves() -> None:
+    batcher = make(max_step_tokens=528, prefix_cache=False)
+    loop = Loop(batcher).run(sequence(key, [key] * 512, max_tokens=4) for key in range(4))
+    assert [count for _, _, count in loop.computed if count > 1] == [512] * 4
+    # A prompt that what is left holds whole goes with it.
+    mixed = Loop(make(max_step_tokens=528, prefix_cache=False)).run(
+        [sequence(1, [1] * 512, max_tokens=1), sequence(2, [2] * 12, max_tokens=1)]
+    )
+    assert len(mixed.plans) == 1

@@ -19,6 +19,10 @@ from lmesh_worker.engine.block_pool import BlockPool
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sequence import Sequence, State
 
+# A chunk is begun with this part of a step's tokens at least, unless it ends its prompt. 8 prompts of 8,192 tokens in
+# steps of 8,448: begun with the 256 that the first leaves, every later one is cut in two, and cut again.
+_SLIVERS = 16
+
 
 class Batcher:
     """Waiting and running sequences over one block pool."""
@@ -101,10 +105,14 @@ class Batcher:
         ready = [s for s in self.running if s.uncomputed > 0 and not self._done(s)]
         ready.sort(key=lambda s: s.uncomputed > 1)  # next ids before chunks; rank within each
         for sequence in ready:
-            if budget == 0:
+            if budget == 0 or (sequence.uncomputed > budget and self._is_sliver(plan, budget)):
                 break
             budget -= self._plan_row(plan, sequence, budget)
         return budget
+
+    def _is_sliver(self, plan: StepPlan, budget: int) -> bool:
+        """Whether so little is left of a step that no chunk is begun with it."""
+        return bool(plan.rows) and budget < self.max_step_tokens // _SLIVERS
 
     def _done(self, sequence: Sequence) -> bool:
         """Whether a sequence only waits for its launched outputs."""
@@ -200,9 +208,14 @@ class Batcher:
         while budget and self.waiting and self._free_slots:
             sequence = self.waiting[0]
             # A preempted sequence's last id may still be on its way; it is a step away at most.
-            if sequence.pending or not self._take_blocks(sequence):
+            if sequence.pending or (self._is_sliver(plan, budget) and self._to_compute(sequence) > budget):
+                return
+            if not self._take_blocks(sequence):
                 return
             budget -= self._plan_row(plan, sequence, budget)
+
+    def _to_compute(self, sequence: Sequence) -> int:
+        return len(sequence.ids) - len(self._cached_blocks(sequence)) * self.block_size
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Blocks for all known ids, shared ones first; False (and nothing taken) where they do not fit.
