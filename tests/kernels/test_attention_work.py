@@ -74,10 +74,10 @@ def test_the_same_split_whatever_else_is_in_the_batch() -> None:
     shape = shape_of(4096, 4, invariant=True)
     alone = plan_pieces(np.array([1], np.int32), np.array([1700], np.int32), shape)
     among = plan_pieces(np.ones(65, np.int32), np.array([1700] + [40] * 64, np.int32), shape)
-    mine = among.narrow[among.narrow[:, 0] == 0]
+    mine = among.wide[among.wide[:, 0] == 0]
     assert (
         mine[:, 3:5].tolist()
-        == alone.narrow[:, 3:5].tolist()
+        == alone.wide[:, 3:5].tolist()
         == [[at, min(1700, at + SAME_SPLIT)] for at in range(0, 1700, SAME_SPLIT)]
     )
 

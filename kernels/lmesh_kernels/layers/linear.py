@@ -28,6 +28,7 @@ class Linear(nn.Module):
         self.register_buffer("weight", torch.empty(outputs, inputs, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
         self._packed: Tensor | None = None
+        self.batch_invariant = False  # a row's bits may not depend on how many others there are
         self.slot = ""  # its name in the decoder, by which adapters find it
 
     def quantise(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         """x [T, inputs], and which of its rows have adapters; returns [T, outputs]."""
-        y = linear(x, self.matrix(), self.bias, self._packed)
+        y = linear(x, self.matrix(), self.bias, self._packed, batch_invariant=self.batch_invariant)
         if adapters:
             add_adapters_(y, x, self.slot, adapters, self.bias)
         return y
@@ -61,7 +62,8 @@ class Linear(nn.Module):
         if adapters:
             normed, total = norm.forward(x, residual)
             return self.forward(normed, adapters), total
-        return norm_linear(x, residual, norm.weight, norm.eps, self.matrix(), self.bias, self._packed)
+        weights = (self.matrix(), self.bias, self._packed)
+        return norm_linear(x, residual, norm.weight, norm.eps, *weights, batch_invariant=self.batch_invariant)
 
     def gated_after_norm(
         self, x: Tensor, residual: Tensor | None, norm: RMSNorm, adapters: AdapterRows = NO_ADAPTERS
@@ -70,4 +72,5 @@ class Linear(nn.Module):
         if adapters:  # they add to both halves before the activation
             y, total = self.after_norm(x, residual, norm, adapters)
             return silu_mul(y), total
-        return norm_gated_linear(x, residual, norm.weight, norm.eps, self.matrix(), self.bias, self._packed)
+        weights = (self.matrix(), self.bias, self._packed)
+        return norm_gated_linear(x, residual, norm.weight, norm.eps, *weights, batch_invariant=self.batch_invariant)

@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("rotations", table.to(device), persistent=False)
         self._packed_head: Tensor | None = None
+        self._batch_invariant = False
 
     def pack(self) -> None:
         """Copies the weights of all products into the fastest layout of their device; they must be loaded.
@@ -84,6 +85,16 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
         self._packed_head = pack(self._head_weight)
+
+    def fix_bits(self) -> None:
+        """From now on a row's bits do not depend on what else is in its batch: 16-bit weights on a CUDA device only.
+
+        Attention must be told as well (`PagedAttention`). Adapters' products are not covered.
+        """
+        self._batch_invariant = True
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.batch_invariant = True
 
     def product(self, name: str) -> Linear:
         """The product of that name, such as layers.3.attention.qkv."""
@@ -114,4 +125,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, *, widened: bool = True) -> Tensor:
         """Logits [R, vocab] of the rows asked for, hidden [R, hidden]: float32, or in the model's own dtype."""
-        return vocabulary_logits(hidden, self._head_weight, self._packed_head, widened=widened)
+        return vocabulary_logits(
+            hidden,
+            self._head_weight,
+            self._packed_head,
+            widened=widened,
+            batch_invariant=self._batch_invariant,
+        )

@@ -39,7 +39,7 @@ class Shape:
     wide_rows: int  # query rows of a wide piece: its tile's height over `group`
     programs: int  # that the device runs at once
     most_parts: int  # of all rows of a step together
-    invariant: bool = False  # a row's result may not depend on which others there are
+    invariant: bool = False  # a row's bits may not depend on which others there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,15 +84,18 @@ def plan_pieces(
     """The pieces of a step of S sequences: q_lens new tokens each, its last, of kv_lens cached ones.
 
     `groups` are (first sequence, end, shared keys): neighbours of one new token each whose first so many keys are the
-    same blocks. `names` are the sequences' rows in the block tables, where those are not 0 to S - 1. Sequences
-    that are `apart` get no pieces.
+    same blocks; they are not shared where bits matter. `names` are the sequences' rows in the block tables, where those
+    are not 0 to S - 1. Sequences that are `apart` get no pieces.
     """
     firsts = np.zeros(len(q_lens) + 1, np.int32)
     np.cumsum(q_lens, out=firsts[1:])
     shared = np.zeros(len(q_lens), np.int32)
+    groups = () if shape.invariant else groups
     for begin, end, keys in groups:
         shared[begin:end] = keys
-    single = np.flatnonzero(q_lens == 1).astype(np.int32)
+    # One kernel for all where bits matter: the next time a row is computed it may stand in a chunk.
+    alone = np.zeros(len(q_lens), np.bool_) if shape.invariant else q_lens == 1
+    single = np.flatnonzero(alone).astype(np.int32)
     narrow = _rows_of(
         first=firsts[single],
         rows=1,
@@ -101,7 +104,8 @@ def plan_pieces(
         end=kv_lens[single],
         position=kv_lens[single] - 1,
     )
-    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape, apart)])
+    chunked = ~alone if apart is None else ~alone & ~apart
+    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape, chunked)])
     if names is not None:
         narrow[:, 2], wide[:, 2] = names[narrow[:, 2]], names[wide[:, 2]]
     return _split(narrow, wide, int(firsts[-1]), shape)
@@ -127,10 +131,9 @@ def _shared_tiles(groups: tuple[tuple[int, int, int], ...], firsts: Ints, shape:
     return np.concatenate(tiles)
 
 
-def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape, apart: NDArray[np.bool_] | None) -> Ints:
+def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape, chosen: NDArray[np.bool_]) -> Ints:
     """Tiles of prefill chunks, those with the most keys first: the last to be taken up should be short."""
-    chunked = q_lens > 1 if apart is None else (q_lens > 1) & ~apart
-    chunks = np.flatnonzero(chunked).astype(np.int32)
+    chunks = np.flatnonzero(chosen).astype(np.int32)
     counts = -(-q_lens[chunks] // shape.wide_rows)
     sequence = np.repeat(chunks, counts)
     nth = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)

@@ -36,12 +36,19 @@ def embed_pending_reference(ids: Tensor, slots: Tensor, last_ids: Tensor, weight
     return embed_reference(torch.where(slots < 0, ids, last_ids[slots.clamp(min=0)]), weight)
 
 
-def vocabulary_logits(hidden: Tensor, weight: Tensor, packed: Tensor | None = None, *, widened: bool = True) -> Tensor:
+def vocabulary_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    packed: Tensor | None = None,
+    *,
+    widened: bool = True,
+    batch_invariant: bool = False,
+) -> Tensor:
     """hidden [R, D] times weight [V, D]; returns logits [R, V], float32 or in hidden's dtype.
 
-    `packed` is `ops.linear.pack` of the weight.
+    `packed` is `ops.linear.pack` of the weight; `batch_invariant` is as in `ops.linear.linear`.
     """
-    logits = linear(hidden, weight, packed=packed)
+    logits = linear(hidden, weight, packed=packed, batch_invariant=batch_invariant)
     return logits.float() if widened else logits
 
 

@@ -74,6 +74,8 @@ def engine_config(settings: WorkerSettings, digest: str) -> EngineConfig:
         max_step_tokens=settings.max_step_tokens,
         max_model_len=settings.max_model_len,
         prefix_cache=settings.prefix_cache,
+        enforce_eager=settings.enforce_eager,
+        batch_invariant=settings.batch_invariant,
         pipeline_depth=settings.pipeline_depth,
         threads=settings.threads,
         max_adapter_bytes=settings.max_adapter_bytes,

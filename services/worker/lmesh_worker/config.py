@@ -34,6 +34,8 @@ class WorkerSettings(ChassisSettings):
     prefix_cache: bool = True
     artifacts: str = ""  # folder of the artifact store, which adapters are fetched from; empty: none are served
     max_adapter_bytes: int = 0  # held adapters, at most
+    enforce_eager: bool = False  # no captured graphs
+    batch_invariant: bool = False  # a request's ids do not depend on what else runs, in 16 bits on a CUDA device
     pipeline_depth: int = -1  # 0 or 1; -1: the platform chooses
     threads: int = 0
 

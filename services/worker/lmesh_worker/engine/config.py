@@ -24,6 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 0  # tokens of one step: the chunk of a prefill
     max_model_len: int = 0  # longest prompt plus output; 0 takes the model's, as far as the pool holds it
     prefix_cache: bool = True
+    enforce_eager: bool = False  # every step is launched as it is, none replayed from a graph
+    batch_invariant: bool = False  # a row's bits do not depend on its batch; needs 16 bits on a CUDA device
     pipeline_depth: int = -1  # steps scheduled ahead of the device, 0 or 1; -1: one where the device can overlap
     threads: int = 0  # compute threads of a CPU engine
     weights_version: int = 1

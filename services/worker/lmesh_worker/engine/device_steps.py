@@ -90,7 +90,7 @@ class DeviceSteps:
         apart = np.isin(columns.slots, [prompt.table for prompt in prompts]) if prompts else None
         count = columns.num_decodes
         groups: tuple[tuple[int, int, int], ...] = ()
-        if count > 1 and not self._shape.invariant:
+        if count > 1:
             width = -(-int(columns.kv_lens[:count].min()) // self._block_size)
             tables = self._slots.tables[columns.slots[:count], :width]
             groups = shared_prefixes(tables, columns.kv_lens[:count], self._block_size)

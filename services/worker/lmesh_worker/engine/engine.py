@@ -58,6 +58,8 @@ class Engine:
             load_format="dummy" if config.load_format == "dummy" else "auto",
             platform=self.platform,
         )
+        if config.batch_invariant:
+            decoder.fix_bits()
         if plan.pack_weights:
             decoder.pack()
         # One more than the pool hands out: what rows that fill up a batch write goes there.
@@ -83,6 +85,8 @@ class Engine:
             max_blocks=plan.max_blocks,
             depth=self.depth,
             bank=self.adapters.bank,
+            graphs=not config.enforce_eager,
+            invariant=config.batch_invariant,
         )
         self.limits = Limits(max_model_len=plan.max_model_len, vocab_size=model.vocab_size)
         digest_of = dummy_digest if config.load_format == "dummy" else base_digest

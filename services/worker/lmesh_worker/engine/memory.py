@@ -62,6 +62,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     quantisation: Quantisation = "nf4" if "nf4" in (config.quantization, model.quantisation) else "none"
     if quantisation == "nf4" and config.quantization == "none":
         raise ConfigError("quantization none: the checkpoint is NF4; take auto, or the model that it was made of")
+    if config.batch_invariant and (platform.name != "cuda" or dtype == torch.float32):
+        raise ConfigError(f"batch_invariant needs bfloat16 or float16 on a CUDA device, not {dtype} on {platform.name}")
     weights = parameter_bytes(model, dtype, quantisation)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
     tables = LogitTables.planned_bytes(max_seqs, model.vocab_size)

@@ -51,10 +51,13 @@ class Runner:
         depth: int,
         bank: AdapterBank,
         graphs: bool = True,
+        invariant: bool = False,
     ) -> None:
-        """`kv`'s last block must be nobody's: it takes what rows that fill up a batch write."""
+        """`kv`'s last block must be nobody's: it takes what rows that fill up a batch write. `invariant`: a row's
+        attention does not depend on its batch, as after the decoder's `fix_bits`.
+        """
         self._decoder, self._platform, self._max_seqs = decoder, platform, max_seqs
-        attention = PagedAttention(kv)
+        attention = PagedAttention(kv, invariant=invariant)
         self._slots = Slots(
             platform,
             max_seqs=max_seqs,

@@ -1,0 +1,76 @@
+"""Captured steps on a CUDA device: as the same steps launched one by one; and bits that no neighbour changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmesh_kernels.text.resolve import local_files
+from lmesh_worker.engine.config import EngineConfig
+from lmesh_worker.engine.device_steps import DeviceSteps
+from lmesh_worker.engine.engine import Engine
+from lmesh_worker.messages import Params, Start
+
+from tests.tiny_model import save_tiny_llama
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def engine_of(tiny: Path, dtype: str, **told: Any) -> Engine:
+    sizes = {"block_size": 16, "kv_blocks": 2000, "max_seqs": 64, "max_step_tokens": 256, "max_model_len": 256}
+    return Engine(EngineConfig(device="cuda", dtype=dtype, model_digest="tiny", **sizes, **told), local_files(tiny))
+
+
+def starts(count: int, *, shared: int = 0, first: int = 0, **sampling: Any) -> list[Start]:
+    """Requests of uneven lengths; those of one number are the same whatever their company."""
+    found = []
+    for key in range(first, first + count):
+        own = random.Random(key)
+        ids = [7 * i % 250 for i in range(shared)] + [own.randrange(250) for _ in range(own.randrange(5, 90))]
+        params = Params(max_tokens=own.randrange(10, 60), seed=key, **sampling)
+        found.append(Start(key, str(key), 0, ids, len(ids), params))
+    return found
+
+
+@pytest.mark.parametrize("shared", [0, 96], ids=["own", "shared prefix"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}], ids=str)
+def test_captured_steps_give_what_launched_ones_do(tiny: Path, shared: int, sampling: dict[str, float]) -> None:
+    found = []
+    for eager in (True, False):
+        engine = engine_of(tiny, "float32", enforce_eager=eager)
+        found.append([engine.generate(starts(48, shared=shared, **sampling)) for _ in range(2)])
+        steps = engine._runner.steps
+        assert isinstance(steps, DeviceSteps)
+        assert (steps.graphs is None) if eager else (steps.graphs is not None and steps.graphs.captures > 3)
+        assert engine.load().kv_blocks_used == 0
+        engine.close()
+    assert found[0] == found[1]
+    assert found[1][0] == found[1][1]
+
+
+def test_a_size_that_came_before_is_not_captured_again(tiny: Path) -> None:
+    engine = engine_of(tiny, "float32", prefix_cache=False)
+    for _ in range(2):
+        engine.generate(starts(32))
+    steps = engine._runner.steps
+    assert isinstance(steps, DeviceSteps) and steps.graphs is not None
+    captured = steps.graphs.captures
+    engine.generate(starts(32))
+    assert steps.graphs.captures == captured > 3
+    engine.close()
+
+
+def test_a_request_s_ids_do_not_depend_on_its_company(tiny: Path) -> None:
+    engine = engine_of(tiny, "bfloat16", batch_invariant=True)
+    together = engine.generate(starts(64))
+    for one in starts(8):
+        assert engine.generate([one])[one.key] == together[one.key]
+    engine.close()
