@@ -79,7 +79,7 @@ class Case:
             for keys, values in self.layers:
                 attention.attend(self.q, keys, values, tables, work, scale=scale)
 
-        return replay_us(layers) / len(self.layers)
+        return float(replay_us(layers)) / len(self.layers)
 
     @property
     def operations(self) -> float:
@@ -101,7 +101,7 @@ def peer_tflop_s(model: str, length: int, backend: SDPBackend) -> float:
         ms = min(
             event_ms(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)) for _ in "12345"
         )
-    return 2 * heads * head_dim * length**2 / ms / 1e9
+    return 2 * heads * head_dim * length**2 / float(ms) / 1e9
 
 
 def tiles_of(tried: bool) -> list[dict[str, Tile]]:

@@ -69,6 +69,8 @@ def test_a_resumed_job_is_the_unbroken_one(model: Path, dataset: Path, tmp_path:
     assert broken.ended.outcome is Outcome.STOPPED
     rest = run(job, tmp_path / "parts")
     assert broken.losses + rest.losses == whole.losses
+    counted = [[step.num_tokens for step in heard.of(events.StepDone)] for heard in (broken, rest, whole)]
+    assert counted[0] + counted[1] == counted[2]
     name = "model/model.safetensors" if options.get("method") == "full" else "adapter/adapter_model.safetensors"
     assert files_equal(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
@@ -90,7 +92,9 @@ def test_cancelled(model: Path, dataset: Path, tmp_path: Path) -> None:
     assert not heard.of(events.Published) and not list_checkpoints(tmp_path / "job" / "checkpoints")
 
 
-def test_a_corrupt_checkpoint_is_passed_over(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_passed_over(
+    model: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     job = spec(model, dataset, max_steps=8, save_steps=2)
     whole = run(job, tmp_path / "whole")
     run(job, tmp_path / "parts", After(5, Wish.STOP))
@@ -101,6 +105,7 @@ def test_a_corrupt_checkpoint_is_passed_over(model: Path, dataset: Path, tmp_pat
     rest = run(job, tmp_path / "parts")
     assert rest.ended.outcome is Outcome.COMPLETED
     assert rest.losses == whole.losses[int(older.name.removeprefix("step-")) :]
+    assert f"{newest.name}/parameters.safetensors is not what was written" in caplog.text
 
 
 def test_corrupt_checkpoints_alone_end_the_job(model: Path, dataset: Path, tmp_path: Path) -> None:

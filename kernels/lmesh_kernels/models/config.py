@@ -75,11 +75,6 @@ class ModelConfig:
         """Width of k, and of v."""
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key head."""
-        return self.num_heads // self.num_kv_heads
-
 
 def load_config(files: ModelFiles) -> ModelConfig:
     """The config of a resolved model, HF folder or GGUF file.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmesh_kernels.ops.backend import takes_triton
-from lmesh_kernels.ops.linear import linear, linear_reference
+from lmesh_kernels.ops.linear import linear
 from lmesh_kernels.ops.trained import Trained, Weight, value
 
 
@@ -50,11 +50,6 @@ def vocabulary_logits(
     """
     logits = linear(hidden, weight, packed=packed, batch_invariant=batch_invariant)
     return logits.float() if widened else logits
-
-
-def vocabulary_logits_reference(hidden: Tensor, weight: Tensor) -> Tensor:
-    """As `vocabulary_logits`, in plain torch: the product in the weights' dtype, then widened."""
-    return linear_reference(hidden, weight).float()
 
 
 class _Embed(torch.autograd.Function):

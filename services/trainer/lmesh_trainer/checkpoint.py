@@ -35,6 +35,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int  # updates tried, skipped ones too
     spec_digest: str  # of what must not change between two parts of a job
+    tokens: int = 0
     trained_tokens: int = 0
     last_loss: float | None = None
     skipped: int = 0  # updates left out because something was not finite

@@ -94,10 +94,9 @@ def _run(spec: JobSpec, folder: Path, report: Report, asked: Callable[[], Wish |
     home = load_base(spec, files, config, platform=platform, precision=precision)
     subject = make_subject(spec, home, files, precision=precision, recompute=plan.recompute)
     loop = _loop(spec, folder, files, feed, subject, plan, platform, report, asked)
-    resumed = loop.resume()
-    if not resumed:
-        report(events.PhaseBegun(phase=events.Phase.REHEARSING))
-        loop.rehearse()
+    loop.resume()
+    report(events.PhaseBegun(phase=events.Phase.REHEARSING))
+    loop.rehearse()
     report(events.PhaseBegun(phase=events.Phase.TRAINING))
     outcome = loop.run()
     if outcome is events.Outcome.COMPLETED:
@@ -211,7 +210,7 @@ def _loop(
     return Loop(
         Parts(
             spec=spec,
-            spec_digest=_spec_digest(spec, files, feed),
+            spec_digest=_spec_digest(spec, files, feed, _precision(spec, platform)),
             feed=feed,
             learner=learner,
             parameters=subject.parameters,
@@ -228,7 +227,7 @@ def _loop(
     )
 
 
-def _spec_digest(spec: JobSpec, files: ModelFiles, feed: Feed) -> str:
+def _spec_digest(spec: JobSpec, files: ModelFiles, feed: Feed, precision: Precision) -> str:
     """Of what a job must share with its checkpoints: the settings that shape its steps, the model, the rows."""
     # Another trainer may hold the same files elsewhere: what they hold counts, not where they lie.
     places = {
@@ -236,10 +235,9 @@ def _spec_digest(spec: JobSpec, files: ModelFiles, feed: Feed) -> str:
         "dataset": msgspec.structs.replace(spec.dataset, source=""),
         "lora": msgspec.structs.replace(spec.lora, start=start_digest(spec)),
     }
-    ranked = {"parallelism": "ddp", "nodes": 1, "world": 1}
-    same = msgspec.structs.replace(
-        spec, keep_checkpoints=1, threads=0, save_steps=0, device="auto", report_to=(), **ranked, **places
-    )
+    ranked = {"parallelism": "ddp", "nodes": 1, "world": 1, "threads": 0, "device": "auto"}
+    kept = {"keep_checkpoints": 1, "save_steps": 0, "report_to": (), "precision": precision.value}
+    same = msgspec.structs.replace(spec, **kept, **ranked, **places)
     digest = hashlib.sha256(msgspec.json.encode(same, order="sorted"))
     digest.update(base_digest(files, nf4=spec.load_in_4bit).encode())
     digest.update(feed.identity().encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from lmesh_trainer.optimiser import Optimiser
 from lmesh_trainer.ranks import from_first
 from lmesh_trainer.schedule import Course, rate_factor
 from lmesh_trainer.spec import JobSpec
+
+_log = logging.getLogger(__name__)
 
 MOST_SKIPPED = 3  # updates in a row that were not finite: the job has gone wrong
 
@@ -58,7 +61,6 @@ class Loop:
         self._progress = Progress(step=0, spec_digest=parts.spec_digest)
         self._checkpoints = parts.folder / "checkpoints"
         self._saved_at = -1
-        self._tokens = 0
 
     @property
     def progress(self) -> Progress:
@@ -85,6 +87,7 @@ class Loop:
             try:
                 found = load_checkpoint(path)
             except JobError as error:
+                _log.warning("a checkpoint is passed over: %s", error.message, extra={"reason": error.reason})
                 failed = failed or error
                 continue
             if found.progress.spec_digest != self._parts.spec_digest:
@@ -149,13 +152,13 @@ class Loop:
         self._progress = msgspec.structs.replace(
             self._progress,
             step=step + 1,
+            tokens=self._progress.tokens + update.tokens,
             trained_tokens=self._progress.trained_tokens + update.trained_tokens,
             last_loss=update.loss if update.applied else self._progress.last_loss,
             skipped=self._progress.skipped + (not update.applied),
         )
         if not update.applied:
             self._keep_rows(step, rows)
-        self._tokens += update.tokens
         self._tell(update, rate, seconds)
         return update.applied
 
@@ -183,7 +186,7 @@ class Loop:
                 grad_norm=update.grad_norm,
                 learning_rate=rate,
                 mean_token_accuracy=update.accuracy,
-                num_tokens=self._tokens,
+                num_tokens=self._progress.tokens,
                 tokens_per_second=update.trained_tokens / seconds,
                 step_time=seconds,
                 peak_bytes=self._parts.peak_bytes(),
@@ -232,9 +235,13 @@ class Loop:
         self._parts.report(events.CheckpointSaved(global_step=self._progress.step, folder=str(path), seconds=seconds))
 
     def take_best(self) -> None:
-        """Goes back to the parameters with the best evaluation, where the job stops early and kept them."""
-        best = self._checkpoints / f"step-{self._progress.best_step:08d}"
-        if self._spec.early_stop_patience and self._progress.best_step != self._progress.step:
-            found = from_first(lambda: load_checkpoint(best) if best.is_dir() else None)
-            if found is not None:
-                self._restore(found.parameters)
+        """Goes back to the parameters with the best evaluation, where the job stops early and there was one before.
+
+        Raises JobError CORRUPT_CHECKPOINT where they are gone.
+        """
+        step = self._progress.best_step
+        if not self._spec.early_stop_patience or step in (0, self._progress.step):
+            return
+        found = from_first(lambda: load_checkpoint(self._checkpoints / f"step-{step:08d}"))
+        assert found is not None
+        self._restore(found.parameters)

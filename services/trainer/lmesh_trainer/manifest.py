@@ -58,7 +58,8 @@ def make_manifest(spec: JobSpec, files: ModelFiles, feed: Feed, progress: Progre
 def _recipe(spec: JobSpec) -> Manifest:
     """The settings without where and with what they were run; files by name and digest, not by place."""
     told: Manifest = msgspec.to_builtins(spec)
-    del told["device"], told["threads"], told["model"]
+    for place in ("model", "device", "threads", "world", "nodes", "parallelism", "report_to", "keep_checkpoints"):
+        del told[place]
     if not spec.dataset.source.startswith("hub:"):
         told["dataset"]["source"] = Path(spec.dataset.source).name
     told["lora"]["start"] = start_digest(spec)

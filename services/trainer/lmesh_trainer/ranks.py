@@ -47,7 +47,7 @@ def least(number: int) -> int:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says no more than that another rank is gone: its own says why."""
-    words = ("gloo", "nccl", "connection", "rendezvous", "store")
+    words = ("gloo", "nccl", "connection", "rendezvous", "tcpstore")
     known = isinstance(error, dist.DistError) or type(error) is RuntimeError
     return known and any(word in str(error).lower() for word in words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ from lmesh_trainer.export.merged import write_model
 from lmesh_trainer.export.tensors import live_tensors, slot_tensors
 from lmesh_trainer.spec import JobSpec, LoraSpec
 from lmesh_trainer.vocabulary import added_tokens
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,6 +111,8 @@ def _lora(spec: JobSpec, home: Home, files: ModelFiles, precision: Precision, re
 
     if modules:
         home = ResidentHome(decoder, {slot: adapter.parameters[slot].trained for slot in modules})
+    if any(factors.magnitude is not None for factors in begun.values()):
+        _log.info("DoRA: products with magnitudes are computed unfused, which is right and slower")
     training = TrainingPass(home, adapters=adapter.products, recompute=recompute)
     return Subject(parameters=adapter.parameters, training=training, publish=publish)
 

@@ -105,11 +105,6 @@ class StepGraphs:
         self._pool: Any = None
         self.captures = 0
 
-    @property
-    def most_tokens(self) -> int:
-        """Of a step that a graph can hold."""
-        return self._tokens[-1]
-
     def key(self, tokens: int, samples: int, pieces: Pieces, hints: SampleHints) -> GraphKey | None:
         """The graph for such a step; None where none is kept of its size."""
         size, rows = size_above(tokens, self._tokens), size_above(max(1, samples), self._rows)
