@@ -109,13 +109,3 @@ def test_groups_hold_every_decode_once_and_bound_their_padding() -> None:
         assert padding <= max(attention_plan.PADDING_BYTES, padded // 4)
         assert len(group) == 1 or padded <= attention_plan.CPU_GROUP_BYTES
     assert split_decodes([], token_bytes) == []
-
-
-def test_groups_in_batch_order_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way an accelerator groups (neighbours, no index lists) is right too."""
-    monkeypatch.setattr(attention_plan, "split_decodes", attention_plan._consecutive)
-    monkeypatch.setattr(attention_plan, "DEVICE_GROUP_BYTES", 2 * 40 * 160)
-    setup = Setup("mixed", 6, 2, 10, 4)
-    expected, bound = setup.expected(0.3)
-    actual = paged_attention(setup.q, setup.cache[0], setup.cache[1], setup.batch, scale=0.3)
-    assert ((actual.double() - expected).abs() <= bound).all()

@@ -7,7 +7,9 @@ import torch
 from lmesh_kernels.layers.linear import Linear
 from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
-from lmesh_kernels.ops.attention_plan import CPU_GROUP_BYTES, DEVICE_GROUP_BYTES, PIECE_ROWS
+from lmesh_kernels.ops.attention_plan import CPU_GROUP_BYTES, PIECE_ROWS
+from lmesh_kernels.ops.device_attention import room_bytes
+from lmesh_kernels.ops.prompt_attention import STEP
 from lmesh_kernels.quant.nf4_matrix import Nf4Matrix
 
 
@@ -39,7 +41,7 @@ def activation_bytes(
 ) -> int:
     """Most bytes a step of max_tokens tokens and max_seqs sequences holds at once, sampling included.
 
-    An upper bound: the largest moment of a layer, the logits and their sort, and attention's gathered blocks.
+    An upper bound: the largest moment of a layer, the logits and what sampling makes of them, and attention's own.
     """
     return max(
         _layer_bytes(config, max_tokens, dtype) + _attention_bytes(config, max_tokens, dtype, device_type),
@@ -58,11 +60,16 @@ def _layer_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> in
 
 
 def _attention_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype, device_type: str) -> int:
-    """Gathered K and V of the longest sequence, or of one group of decodes, and the mask of one piece."""
+    """On a CPU gathered K and V of the longest sequence, or of one group of decodes, and the mask of one piece.
+
+    On an accelerator the room for parts, and a whole prompt's q, k, v and output, filled up to a round length.
+    """
+    if device_type != "cpu":
+        prompt = (max_tokens + STEP) * (2 * config.q_size + 2 * config.kv_size) * dtype.itemsize
+        return room_bytes(config.num_heads, config.head_dim) + prompt
     longest = 2 * config.max_position_embeddings * config.kv_size * dtype.itemsize
-    group = CPU_GROUP_BYTES if device_type == "cpu" else DEVICE_GROUP_BYTES
     mask = min(max_tokens, PIECE_ROWS) * config.max_position_embeddings * dtype.itemsize
-    return max(longest, group) + mask
+    return max(longest, CPU_GROUP_BYTES) + mask
 
 
 def _sampling_bytes(config: ModelConfig, max_seqs: int, dtype: torch.dtype, device_type: str) -> int:

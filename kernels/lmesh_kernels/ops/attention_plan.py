@@ -1,6 +1,6 @@
-"""How a step's attention is cut up: which decodes go together, which rows of a prefill chunk see which keys.
+"""How a step's attention is cut up on a CPU: which decodes go together, which rows of a prefill chunk see which keys.
 
-Made once a step from the host's lengths and used by every layer, so nothing here waits for a device.
+Made once a step and used by every layer. Accelerators walk pieces instead: `attention_work`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from lmesh_kernels.layers.batch import PagedBatch
 
-# Gathered keys and values of one group of decodes: on a CPU about a core's share of the last cache level, so that what
-# the gather wrote is still near when attention reads it; on an accelerator only a bound on scratch memory.
+# Gathered keys and values of one group of decodes: about a core's share of the last cache level, so that what the
+# gather wrote is still near when attention reads it.
 CPU_GROUP_BYTES = 4 << 20
-DEVICE_GROUP_BYTES = 256 << 20
 # One more group costs about what reading this much padding does.
 PADDING_BYTES = 256 << 10
 # Query rows that share one mask: bounds the mask and skips keys that no row of the piece may see.
@@ -79,8 +78,7 @@ class AttentionPlan:
 def plan_attention(batch: PagedBatch, *, block_size: int, token_bytes: int, dtype: torch.dtype) -> AttentionPlan:
     """Cut up one step. token_bytes: keys and values of one token in one layer; dtype: of the queries."""
     lens = batch.kv_lens_host[: batch.num_decodes]
-    on_cpu = batch.ids.device.type == "cpu"
-    groups = split_decodes(lens, token_bytes) if on_cpu else _consecutive(lens, token_bytes)
+    groups = split_decodes(lens, token_bytes)
     return AttentionPlan(
         groups=tuple(_decode_group(batch, group, block_size, dtype) for group in groups),
         chunks=tuple(_chunks(batch, block_size)),
@@ -102,21 +100,8 @@ def split_decodes(lens: Sequence[int], token_bytes: int) -> list[list[int]]:
     return groups
 
 
-def _consecutive(lens: Sequence[int], token_bytes: int) -> list[list[int]]:
-    """Sequences in batch order (an index list would have to be copied to the device), cut by gathered bytes."""
-    groups: list[list[int]] = []
-    widest = 0
-    for index, length in enumerate(lens):
-        widest = max(widest, length)
-        if not groups or (len(groups[-1]) + 1) * widest * token_bytes > DEVICE_GROUP_BYTES:
-            groups.append([])
-            widest = length
-        groups[-1].append(index)
-    return groups
-
-
 def _rows(group: list[int]) -> Tensor | slice:
-    """A slice where the sequences are neighbours in order, else an index tensor (only made on a CPU)."""
+    """A slice where the sequences are neighbours in order, else an index tensor."""
     if group == list(range(group[0], group[0] + len(group))):
         return slice(group[0], group[0] + len(group))
     return torch.tensor(group)

@@ -49,6 +49,11 @@ def tiles(head_dim: int, group: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
     return narrow, Tile(rows=128, keys=64, warps=4, stages=3)
 
 
+def room_bytes(heads: int, head_dim: int) -> int:
+    """Bytes of the room for parts."""
+    return 4 * _MOST_PARTS * heads * (head_dim + 1)
+
+
 class DeviceAttention:
     """What all layers of a model share. One step at a time: steps share the room for parts."""
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 LEAST = 1024  # tokens of a prompt that is worth it
 # cuDNN plans each length anew, which takes far longer than the attention: prompts are filled up to one of few.
-_STEP = 1024
+STEP = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def attend_prompt(
 ) -> None:
     """Causal attention of a prompt over itself, written to its rows of `out`; shapes as `paged_attention` has them."""
     length, block_size = prompt.length, keys.shape[1]
-    more = -length % _STEP
+    more = -length % STEP
     rows = slice(prompt.first, prompt.first + length)
     blocks = tables[prompt.table, : -(-length // block_size)]
     # What fills up comes last, where no real row sees it; zeros, because a masked NaN is still NaN.
