@@ -1,0 +1,87 @@
+"""The steps of an accelerator's engine, whole, with its kernels interpreted: ids are those of the CPU's own steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lmesh_kernels.layers import attention as attention_layer
+from lmesh_kernels.layers.attention import PagedAttention
+from lmesh_kernels.ops import attention_work, embedding, rms_norm, rope_kv, silu_mul
+from lmesh_kernels.platforms import detect
+from lmesh_kernels.text.resolve import local_files
+from lmesh_worker.engine import device_steps
+from lmesh_worker.engine.config import EngineConfig
+from lmesh_worker.engine.device_steps import DeviceSteps
+from lmesh_worker.engine.engine import Engine
+from lmesh_worker.engine.slots import Slots
+from lmesh_worker.messages import Params, Start
+
+from tests.tiny_model import save_tiny_llama
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def engine_of(tiny: Path) -> Engine:
+    sizes = {"block_size": BLOCK, "kv_blocks": 40, "max_seqs": 5, "max_step_tokens": 48, "max_model_len": 128}
+    return Engine(EngineConfig(device="cpu", dtype="float32", model_digest="tiny", **sizes), local_files(tiny))
+
+
+def starts() -> list[Start]:
+    """Two that share 32 tokens, two of their own of which one is longer than a step, and one that samples."""
+    common = [5 * i % 250 for i in range(32)]
+    prompts = [[*common, 7, 8], [*common, 9], [3 * i % 250 for i in range(61)], [4, 5, 6]]
+    found = [Start(k, str(k), 0, ids, len(ids), Params(max_tokens=4 + k)) for k, ids in enumerate(prompts)]
+    sampled = Params(max_tokens=5, temperature=0.8, top_p=0.9, seed=3, presence_penalty=0.5)
+    return [*found, Start(9, "9", 0, [11, 12, 13], 3, sampled)]
+
+
+def on_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> DeviceSteps:
+    """Gives the engine's runner an accelerator's steps, on a CPU whose tensors the kernels take."""
+    for module in (attention_layer, embedding, rms_norm, rope_kv, silu_mul):
+        monkeypatch.setattr(module, "takes_triton", lambda x: True)
+    monkeypatch.setattr(attention_work, "LEAST_SPLIT", 16)
+    monkeypatch.setattr(device_steps, "shared_prefixes", partial(attention_work.shared_prefixes, least=BLOCK))
+    runner, platform = engine._runner, detect("cpu")
+    slots = Slots(platform, max_seqs=5, max_blocks=8, spare_block=engine.kv.num_blocks - 1, block_size=BLOCK)
+    slots.device_tables = torch.from_numpy(slots.tables.copy())
+    attention = PagedAttention(engine.kv)
+    steps = DeviceSteps(
+        engine.decoder,
+        attention,
+        slots,
+        runner.tables,
+        engine.adapters.bank,
+        platform,
+        block_size=BLOCK,
+        max_tokens=48,
+        max_seqs=5,
+        depth=0,
+        graphs=True,
+    )
+    runner._slots = slots
+    runner.steps = steps
+    return steps
+
+
+def test_ids_are_those_of_the_cpu_s_own_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine_of(tiny).generate(starts())
+    engine = engine_of(tiny)
+    steps = on_kernels(engine, monkeypatch)
+    assert steps.graphs is None  # a CPU has none
+    planned = []
+    whole = device_steps.plan_pieces
+    monkeypatch.setattr(
+        device_steps, "plan_pieces", lambda *a, **o: planned.append((whole(*a, **o), o)) or planned[-1][0]
+    )
+    assert engine.generate(starts()) == expected
+    assert any(options["groups"] for _, options in planned), "no prefix was shared"
+    assert any(pieces.parts.any() for pieces, _ in planned), "no keys were split"
+    assert engine.load().kv_blocks_used == 0
