@@ -1,4 +1,4 @@
-"""Publishing on a base of another quantisation: refused, unless it is asked for, and then served, logged and counted."""
+"""Publishing on a base of another quantisation: refused unless it is asked for; then served, logged and counted."""
 
 from __future__ import annotations
 
