@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lmesh_chassis.artifacts.store import FolderStore
+from lmesh_kernels.text.resolve import local_files
 from lmesh_trainer import events
 from lmesh_trainer.errors import JobError
+from lmesh_trainer.export.exporter import ExportKind, export
 from lmesh_trainer.job import check_job
 from lmesh_trainer.sources import Bench
 from lmesh_trainer.spec import DatasetSpec, JobSpec, LoraSpec, OptimiserSpec
@@ -78,6 +80,22 @@ def test_bf16_with_float32_masters(model: Path, dataset: Path, tmp_path: Path) -
         assert first[kind].losses == pytest.approx(alone.losses, abs=3e-2), (kind, first[kind])
         (dtype,) = {tensor.dtype for tensor in published(tmp_path / "both" / kind).values()}
         assert dtype == (torch.bfloat16 if kind == "full" else torch.float32)
+
+
+def test_a_base_in_a_gguf_file(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Each rank takes its own rows of what the file's matrices unfold to."""
+    path = tmp_path / "tiny.gguf"
+    export(local_files(model), {}, path, ExportKind.GGUF_F16)
+    kinds: dict[str, dict[str, Any]] = {"lora": {}, "full": {"method": "full"}}
+    jobs = {k: job(path, dataset, parallelism="fsdp", max_steps=6, **options) for k, options in kinds.items()}
+    first, _ = run_ranked(tmp_path / "both", jobs)
+    for kind, options in kinds.items():
+        alone = run(job(path, dataset, max_steps=6, **options), tmp_path / "alone" / kind)
+        assert first[kind].outcome == alone.ended.outcome == "completed", (first[kind], alone.ended)
+        assert first[kind].losses == pytest.approx(alone.losses, abs=1e-4), kind
+        tensors, others = published(tmp_path / "alone" / kind), published(tmp_path / "both" / kind)
+        assert tensors.keys() == others.keys()
+        assert all(torch.allclose(tensor, others[name], atol=1e-4) for name, tensor in tensors.items())
 
 
 def test_it_goes_on_from_its_checkpoint_and_as_one_process_too(model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -175,11 +175,17 @@ def test_how_rows_are_cut_into_microbatches_changes_nothing(
     assert len(whole.losses) == 20 and whole.losses == pytest.approx(apart.losses, abs=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_no_bit_of_a_job(model: Path, dataset: Path, tmp_path: Path, recompute: str) -> None:
-    kept = run(spec(model, dataset, max_steps=5, recompute="none"), tmp_path / "kept")
-    again = run(spec(model, dataset, max_steps=5, recompute=recompute), tmp_path / "again")
-    assert kept.losses == again.losses
+@pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(lora_dropout=0.3)], ids=["plain", "dropout"])
+def test_recomputing_changes_no_bit_of_a_job(model: Path, dataset: Path, tmp_path: Path, lora: LoraSpec) -> None:
+    kept, *others = (
+        run(spec(model, dataset, max_steps=5, lora=lora, recompute=policy), tmp_path / policy)
+        for policy in ("none", "selective", "full", "offload")
+    )
+    assert len(kept.losses) == 5 and kept.ended.outcome == "completed"
+    tensors = published(tmp_path / "none")
+    for policy, again in zip(("selective", "full", "offload"), others, strict=True):
+        assert kept.losses == again.losses, policy
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in published(tmp_path / policy).items()), policy
 
 
 KINDS: dict[str, dict[str, Any]] = {
