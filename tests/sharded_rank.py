@@ -6,9 +6,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import pytest
 import torch
 import torch.distributed as dist
 from lmesh_kernels import platforms
@@ -29,10 +30,19 @@ from lmesh_trainer.subject import make_subject
 from torch import Tensor
 
 
-def write(jobs: dict[str, JobSpec], folder: Path) -> None:
+def write(jobs: dict[str, JobSpec], folder: Path, parallelism: Literal["ddp", "fsdp"]) -> None:
     """For the ranks to read."""
-    sharded = {n: msgspec.to_builtins(msgspec.structs.replace(job, parallelism="fsdp")) for n, job in jobs.items()}
-    (folder / "measure.json").write_text(json.dumps(sharded))
+    told = {n: msgspec.to_builtins(msgspec.structs.replace(job, parallelism=parallelism)) for n, job in jobs.items()}
+    (folder / "measure.json").write_text(json.dumps(told))
+
+
+def assert_same_gradients(alone: dict[str, Any], found: dict[str, Any], kind: str) -> None:
+    """Both are what `measure` gave; a sum's order is all that may differ."""
+    assert alone["norm"] > 0 and found["gradients"].keys() == alone["gradients"].keys()
+    for name, gradient in alone["gradients"].items():
+        apart = float((gradient - found["gradients"][name]).norm())
+        assert apart <= 1e-5 * float(alone["norm"]), (kind, name)
+    assert found["norm"] == pytest.approx(alone["norm"], rel=1e-5), kind
 
 
 class Watch:

@@ -187,18 +187,21 @@ def test_no_prefix_is_shared_between_adapters(client: TrainingClient, adapters: 
 
 def test_a_new_version_under_load(client: TrainingClient, adapters: dict[str, pb.Adapter]) -> None:
     """Streams that run keep their version; what comes after the publication has the new one; nothing is dropped."""
-    job = adapters["one"].job_id
+    job, length = adapters["one"].job_id, 300  # tokens: a publication is to come amid them
     prompts = [prompt(200 + i, 20) for i in range(8)]
-    before = [client.generate(f"{MODEL}:two", ids, 200).ids for ids in prompts]
+    before = [client.generate(f"{MODEL}:two", ids, length).ids for ids in prompts]
     with ThreadPoolExecutor(8) as pool:
-        calls = [client.stream(f"{MODEL}:two", ids, 200) for ids in prompts]
+        calls = [client.stream(f"{MODEL}:two", ids, length) for ids in prompts]
         first = [next(iter(call)) for call in calls]
         assert all(event.WhichOneof("event") == "accepted" for event in first)
         running = [pool.submit(lambda c=call: [i for e in c for i in e.delta.token_ids]) for call in calls]
         published = client.training.PublishAdapter(pb.PublishAdapterRequest(name="two", job_id=job), timeout=60).adapter
+        still = [not one.done() for one in running]
+        assert any(still), f"streams had ended before the publication: {still}"
         assert (published.version, published.workers) == (2, 1)
         after = client.generate(f"{MODEL}:two", prompts[0], 32).ids
-        assert [one.result() for one in running] == before
+        told = [one.result() for one in running]
+    assert told == before and {len(ids) for ids in told} == {length}
     assert client.generate(f"{MODEL}:two@1", prompts[0], 32).ids == before[0][:32]
     assert client.generate(f"{MODEL}:two@2", prompts[0], 32).ids == after
     assert after != before[0][:32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lmesh_chassis.artifacts.store import FolderStore
+from lmesh_kernels.text.resolve import local_files
 from lmesh_trainer import events
+from lmesh_trainer.errors import JobError
+from lmesh_trainer.export.exporter import ExportKind, export
 from lmesh_trainer.job import check_job
 from lmesh_trainer.sources import Bench
 from lmesh_trainer.spec import DatasetSpec, JobSpec, LoraSpec, OptimiserSpec
@@ -78,6 +82,22 @@ def test_bf16_with_float32_masters(model: Path, dataset: Path, tmp_path: Path) -
         assert dtype == (torch.bfloat16 if kind == "full" else torch.float32)
 
 
+def test_a_base_in_a_gguf_file(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Each rank takes its own rows of what the file's matrices unfold to."""
+    path = tmp_path / "tiny.gguf"
+    export(local_files(model), {}, path, ExportKind.GGUF_F16)
+    kinds: dict[str, dict[str, Any]] = {"lora": {}, "full": {"method": "full"}}
+    jobs = {k: job(path, dataset, parallelism="fsdp", max_steps=6, **options) for k, options in kinds.items()}
+    first, _ = run_ranked(tmp_path / "both", jobs)
+    for kind, options in kinds.items():
+        alone = run(job(path, dataset, max_steps=6, **options), tmp_path / "alone" / kind)
+        assert first[kind].outcome == alone.ended.outcome == "completed", (first[kind], alone.ended)
+        assert first[kind].losses == pytest.approx(alone.losses, abs=1e-4), kind
+        tensors, others = published(tmp_path / "alone" / kind), published(tmp_path / "both" / kind)
+        assert tensors.keys() == others.keys()
+        assert all(torch.allclose(tensor, others[name], atol=1e-4) for name, tensor in tensors.items())
+
+
 def test_it_goes_on_from_its_checkpoint_and_as_one_process_too(model: Path, dataset: Path, tmp_path: Path) -> None:
     jobs = {kind: job(model, dataset, max_steps=9, parallelism="fsdp", **KINDS[kind]) for kind in ("lora", "full")}
     unbroken, _ = run_ranked(tmp_path / "whole", jobs)
@@ -101,15 +121,13 @@ def test_gradients_are_those_of_one_process_and_half_of_the_weights_is_here(
         kind: job(model, dataset, micro_tokens=90, **{**KINDS[kind], "lora": LoraSpec(use_dora=kind == "dora")})
         for kind in KINDS
     }
-    sharded_rank.write(jobs, tmp_path)
+    sharded_rank.write(jobs, tmp_path, "fsdp")
     run_ranks(sharded_rank.__file__, tmp_path)
     ranks = [torch.load(tmp_path / f"measured.{rank}") for rank in (0, 1)]
     for kind, told in jobs.items():
         alone, found = sharded_rank.measure(told), [measured[kind] for measured in ranks]
         parts = 2 if kind == "full" else 1  # adapters are whole everywhere
-        for name, gradient in alone["gradients"].items():
-            apart = found[0]["gradients"][name]
-            assert float((gradient - apart).norm()) <= 1e-5 * float(alone["norm"]), (kind, name)
+        sharded_rank.assert_same_gradients(alone, found[0], kind)
         for measured in found:
             assert measured["norm"] == pytest.approx(alone["norm"], rel=1e-5)
             # Uneven rows are cut a row apart. Of layers, no more than one is gathered at a time.
@@ -143,8 +161,33 @@ class TestRefusals:
             job(model, dataset, parallelism="fsdp", load_in_4bit=True)
 
     @pytest.mark.parametrize(
-        "options", [{"precision": "bf16-pure"}, {"optimiser": OptimiserSpec(optim="adamw_8bit")}], ids=str
+        ("options", "said"),
+        [
+            ({"method": "full", "precision": "bf16-pure"}, "precision bf16-pure"),
+            ({"method": "full", "optimiser": OptimiserSpec(optim="adamw_8bit")}, "optim adamw_8bit"),
+            ({"lora": LoraSpec(modules_to_save=("embed_tokens",))}, "modules_to_save and added tokens"),
+            ({"lora": LoraSpec(modules_to_save=("lm_head",))}, "modules_to_save and added tokens"),
+            ({"add_tokens": ("surely",)}, "modules_to_save and added tokens"),
+            ({"add_special_tokens": ("please",)}, "modules_to_save and added tokens"),
+        ],
+        ids=str,
     )
-    def test_what_cannot_be_sharded(self, model: Path, dataset: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-        ended = run(job(model, dataset, parallelism="fsdp", method="full", **options), tmp_path / "job").ended
-        assert ended.reason == "NOT_SUPPORTED" and "parallelism fsdp" in ended.message
+    def test_what_cannot_be_sharded(
+        self, model: Path, dataset: Path, tmp_path: Path, options: dict[str, Any], said: str
+    ) -> None:
+        ended = run(job(model, dataset, parallelism="fsdp", **options), tmp_path / "job").ended
+        assert ended.reason == "NOT_SUPPORTED" and "parallelism fsdp" in ended.message and said in ended.message
+
+    def test_a_checkpoint_that_is_stored_quantised(self, model: Path, dataset: Path, tmp_path: Path) -> None:
+        """The settings do not tell: its config does, to a run and to a dry run, before anything is loaded."""
+        shutil.copytree(model, tmp_path / "model")
+        told = json.loads((tmp_path / "model" / "config.json").read_text())
+        stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(told | {"quantization_config": stored}))
+        sharded = job(tmp_path / "model", dataset, parallelism="fsdp")
+        ended = run(sharded, tmp_path / "job").ended
+        assert ended.reason == "NOT_SUPPORTED"
+        assert "parallelism fsdp" in ended.message and "quantised" in ended.message and "take ddp" in ended.message
+        with pytest.raises(JobError) as caught:
+            check_job(sharded, Heard())
+        assert (caught.value.reason, str(caught.value)) == (ended.reason, ended.message)

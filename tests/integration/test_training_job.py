@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from lmesh_kernels.lora.peft_files import read_adapter
+from lmesh_kernels.models.config import UnsupportedModelError
 from lmesh_kernels.models.hf_config import hf_config
 from lmesh_kernels.models.training import TrainingPass
 from lmesh_kernels.ops.head_loss import LossSums
@@ -59,8 +61,15 @@ def test_a_job_learns_and_publishes(model: Path, dataset: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora": LoraSpec(r=4, lora_dropout=0.2)}, {"method": "full"}, {"lora": LoraSpec(use_dora=True)}],
-    ids=["lora", "dropout", "full", "dora"],
+    [
+        {},
+        {"lora": LoraSpec(r=4, lora_dropout=0.2)},
+        {"method": "full"},
+        {"lora": LoraSpec(use_dora=True)},
+        {"precision": "bf16-pure"},
+        {"precision": "bf16-pure", "method": "full"},
+    ],
+    ids=["lora", "dropout", "full", "dora", "bf16-pure", "full bf16-pure"],
 )
 def test_a_resumed_job_is_the_unbroken_one(model: Path, dataset: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     job = spec(model, dataset, max_steps=9, **options)
@@ -73,6 +82,28 @@ def test_a_resumed_job_is_the_unbroken_one(model: Path, dataset: Path, tmp_path:
     assert counted[0] + counted[1] == counted[2]
     name = "model/model.safetensors" if options.get("method") == "full" else "adapter/adapter_model.safetensors"
     assert files_equal(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_alone(model: Path, dataset: Path, tmp_path: Path, method: str) -> None:
+    """Values, what the optimiser changes and what it remembers are bfloat16; it learns nearly as float32 does."""
+    options: dict[str, Any] = {"method": method, "max_steps": 12}
+    if method == "full":
+        options["optimiser"] = OptimiserSpec(learning_rate=2e-3)
+    heard = run(spec(model, dataset, precision="bf16-pure", **options), tmp_path / "pure")
+    wide = run(spec(model, dataset, precision="float32", **options), tmp_path / "wide")
+    assert heard.ended.outcome is Outcome.COMPLETED, heard.ended
+    assert heard.losses != wide.losses and heard.losses == pytest.approx(wide.losses, rel=0.05)
+    assert heard.losses[-1] < 0.9 * heard.losses[0]
+    kept = checkpoint.load_checkpoint(list_checkpoints(tmp_path / "pure" / "checkpoints")[-1])
+    assert {tensor.dtype for tensor in kept.parameters.values()} == {torch.bfloat16}
+    moments = {tensor.dtype for name, tensor in kept.optimiser.items() if not name.endswith("/step")}
+    assert moments == {torch.bfloat16}
+    # It has neither masters nor wide moments: what the plan says of it is less, and by what.
+    lines = [job.of(events.PlanMade)[0].lines for job in (heard, wide)]
+    assert [2 * lines[0][name] for name in ("weights", "optimiser")] == pytest.approx(
+        [lines[1][name] for name in ("weights", "optimiser")], rel=0.2
+    )
 
 
 def test_a_full_model_is_one_that_transformers_loads(model: Path, dataset: Path, tmp_path: Path) -> None:
@@ -220,6 +251,22 @@ def test_refusals(model: Path, dataset: Path, tmp_path: Path, options: dict[str,
     ended = run(job, tmp_path / "job").ended
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, reason), ended
     assert not (tmp_path / "job" / "adapter").exists()
+
+
+def test_a_model_that_is_not_computed_here(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Said by its name and before its weights are read, by the job and by its dry run."""
+    told = json.loads((model / "config.json").read_text())
+    shutil.copytree(model, tmp_path / "model")
+    strange = told | {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(strange))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    job = spec(tmp_path / "model", dataset)
+    ended = run(job, tmp_path / "job").ended
+    assert (ended.outcome, ended.reason) == (Outcome.FAILED, "UNSUPPORTED_ARCHITECTURE"), ended
+    assert "gemma3" in ended.message and "Qwen3ForCausalLM" in ended.message
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_job(job, Heard())
+    assert (caught.value.reason, str(caught.value)) == (ended.reason, ended.message)
 
 
 def test_a_dry_run_writes_nothing(model: Path, dataset: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,12 @@ from lmesh_trainer.data.dataset import load_dataset
 from lmesh_trainer.spec import DatasetSpec, JobSpec, LoraSpec, OptimiserSpec
 from lmesh_trainer.vocabulary import added_tokens
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, get_cosine_schedule_with_warmup
 
+from tests import sharded_rank
 from tests.kernels.tiny_families import Family, save_family
+from tests.ranked_jobs import run_ranked, run_ranks
 from tests.tiny_model import byte_tokenizer
 from tests.training_jobs import TEMPLATE, run, save_dataset, save_model, spec
 
@@ -176,45 +175,58 @@ def test_how_rows_are_cut_into_microbatches_changes_nothing(
     assert len(whole.losses) == 20 and whole.losses == pytest.approx(apart.losses, abs=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_no_bit_of_a_job(model: Path, dataset: Path, tmp_path: Path, recompute: str) -> None:
-    kept = run(spec(model, dataset, max_steps=5, recompute="none"), tmp_path / "kept")
-    again = run(spec(model, dataset, max_steps=5, recompute=recompute), tmp_path / "again")
-    assert kept.losses == again.losses
+@pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(lora_dropout=0.3)], ids=["plain", "dropout"])
+def test_recomputing_changes_no_bit_of_a_job(model: Path, dataset: Path, tmp_path: Path, lora: LoraSpec) -> None:
+    kept, *others = (
+        run(spec(model, dataset, max_steps=5, lora=lora, recompute=policy), tmp_path / policy)
+        for policy in ("none", "selective", "full", "offload")
+    )
+    assert len(kept.losses) == 5 and kept.ended.outcome == "completed"
+    tensors = published(tmp_path / "none")
+    for policy, again in zip(("selective", "full", "offload"), others, strict=True):
+        assert kept.losses == again.losses, policy
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in published(tmp_path / policy).items()), policy
 
 
-RANK = """
-import json, sys, msgspec, torch.distributed as dist
-from pathlib import Path
-from tests.training_jobs import run
-from lmesh_trainer.spec import read_spec
-dist.init_process_group("gloo")
-heard = run(read_spec(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))
-Path(sys.argv[3] + f".{dist.get_rank()}").write_text(json.dumps(heard.losses))
-dist.destroy_process_group()
-"""
+KINDS: dict[str, dict[str, Any]] = {
+    "adapter": {"lora": LoraSpec(lora_dropout=0.1)},
+    "added tokens": {"add_tokens": ("surely",)},
+    "full": {"method": "full"},
+    "nf4": {"load_in_4bit": True},
+}
 
 
-@pytest.mark.parametrize("added", [(), ("surely",)], ids=["adapter", "added tokens"])
-def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path, added: tuple[str, ...]) -> None:
-    job = spec(model, dataset, optimiser=OptimiserSpec(learning_rate=1e-3, **COURSE), add_tokens=added)
-    alone = run(job, tmp_path / "alone")
-    (tmp_path / "spec.json").write_bytes(msgspec.json.encode(job))
-    (tmp_path / "rank.py").write_text(RANK)
-    root = Path(__file__).resolve().parents[2]
-    arguments = [str(tmp_path / name) for name in ("rank.py", "spec.json", "both", "losses")]
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        losses = json.loads((tmp_path / f"losses.{rank}").read_text())
-        assert losses == pytest.approx(alone.losses, abs=1e-4)
-    made = Path("model/model.safetensors") if added else Path("adapter/adapter_model.safetensors")
-    one, two = (tmp_path / name / made for name in ("alone", "both"))
-    tensors, others = load_file(one), load_file(two)
-    for name, tensor in tensors.items():
-        assert torch.allclose(tensor, others[name], atol=1e-4), name
+def published(folder: Path) -> dict[str, Tensor]:
+    (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return load_file(file)
+
+
+def test_two_processes_learn_as_one(model: Path, dataset: Path, tmp_path: Path) -> None:
+    told = OptimiserSpec(learning_rate=1e-3, **COURSE)
+    jobs = {kind: spec(model, dataset, optimiser=told, max_steps=10, **options) for kind, options in KINDS.items()}
+    ranks = run_ranked(tmp_path / "both", jobs)
+    for kind, job in jobs.items():
+        alone = run(job, tmp_path / "alone" / kind)
+        assert len(alone.losses) == 10 and alone.losses[-1] < alone.losses[0]
+        for rank in ranks:
+            assert rank[kind].outcome == "completed"
+            assert rank[kind].losses == pytest.approx(alone.losses, abs=1e-4), kind
+        tensors, others = published(tmp_path / "alone" / kind), published(tmp_path / "both" / kind)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.allclose(tensor, others[name], atol=1e-4), (kind, name)
+
+
+def test_gradients_of_two_processes_are_those_of_one(model: Path, dataset: Path, tmp_path: Path) -> None:
+    jobs = {kind: spec(model, dataset, micro_tokens=90, **options) for kind, options in KINDS.items()}
+    sharded_rank.write(jobs, tmp_path, "ddp")
+    run_ranks(sharded_rank.__file__, tmp_path)
+    ranks = [torch.load(tmp_path / f"measured.{rank}") for rank in (0, 1)]
+    for kind, job in jobs.items():
+        alone = sharded_rank.measure(job)
+        for measured in ranks:
+            sharded_rank.assert_same_gradients(alone, measured[kind], kind)
+            assert measured[kind]["held"] == alone["held"]  # each has the model whole
 
 
 def test_the_same_seed_gives_the_same_job(model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -107,6 +107,55 @@ def test_a_learner_learns(folder: Path, precision: Precision) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BF16])
+def test_an_8_bit_optimiser_goes_on_from_its_state(folder: Path, precision: Precision) -> None:
+    """Matrices remember 8 bits a number and norms 32; four steps, or two and two more in another process's place."""
+    settings = AdamW(weight_decay=0.1, eight_bit=True)
+
+    def begun() -> tuple[Parameters, Optimiser]:
+        decoder = load_model(local_files(folder), dtype=precision.dtype, device=CUDA)
+        slots = {name: slot for name, slot in decoder.named_buffers() if name != "rotations"}
+        parameters = Parameters(slots, precision)
+        return parameters, Optimiser(parameters, settings)
+
+    def steps(parameters: Parameters, optimiser: Optimiser, *numbers: int) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            parameters.gradients.copy_(torch.randn(parameters.gradients.shape, generator=generator))
+            optimiser.step(1e-2)
+
+    whole, first, second = begun(), begun(), begun()
+    fresh = {p.name: p.master.clone() for p in whole[0]}
+    steps(*whole, 1, 2, 3, 4)
+    steps(*first, 1, 2)
+    state = {name: tensor.cpu().clone() for name, tensor in first[1].state().items()}
+    widths = {name.rpartition("/")[0]: t.dtype for name, t in state.items() if name.endswith("/state1")}
+    assert widths["layers.0.attention.qkv.weight"] == torch.uint8 and widths["norm.weight"] == torch.float32
+    for mine, theirs in zip(second[0], first[0], strict=True):
+        mine.master.copy_(theirs.master)
+    second[1].load(state)
+    steps(*second, 3, 4)
+    for wanted, found in zip(whole[0], second[0], strict=True):
+        assert torch.equal(wanted.master, found.master), wanted.name
+        assert not torch.equal(wanted.master, fresh[wanted.name])
+    wanted_state, found_state = whole[1].state(), second[1].state()
+    assert wanted_state.keys() == found_state.keys()
+    assert all(torch.equal(tensor.cpu(), found_state[name].cpu()) for name, tensor in wanted_state.items())
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_learner_learns_as_well_in_8_bits(folder: Path, eight_bit: bool) -> None:
+    decoder = load_model(local_files(folder), dtype=torch.bfloat16, device=CUDA)
+    adapter = TrainableAdapter(random_adapter(decoder, rank=64), decoder.config, precision=Precision.BF16, device=CUDA)
+    optimiser = Optimiser(adapter.parameters, AdamW(eight_bit=eight_bit))
+    learner = Learner(
+        TrainingPass(decoder, adapters=adapter.products), adapter.parameters, optimiser, max_grad_norm=1.0
+    )
+    batch = pack_batch(SEGMENTS, CUDA)
+    losses = [learner.update([batch], step=step, rate=3e-3).loss for step in range(12)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_a_mixed_batch_on_the_device(folder: Path, tmp_path: Path) -> None:
     files = local_files(folder)
     shapes = load_model(files, dtype=torch.float32, device=CPU)

@@ -12,6 +12,7 @@ from lmesh_kernels.lora.factors import content_digest
 from lmesh_kernels.lora.peft_files import read_adapter
 from lmesh_kernels.lora.sites import sites
 from lmesh_kernels.models.weights import bindings
+from lmesh_kernels.ops.dropout import Dropout, dropout_keys
 from torch import Tensor, nn
 
 from tests.kernels.tiny_families import FAMILIES, SHAPE, Family, load_peer, save_family
@@ -104,6 +105,24 @@ def test_recomputing_changes_no_bit(small: Path, tmp_path: Path, recompute: Reco
     kept, again, segments = load(small, folder), load(small, folder, recompute), rows(VOCAB)
     assert kept.gradient(segments) == again.gradient(segments)
     assert torch.equal(kept.parameters.gradients, again.parameters.gradients)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.SELECTIVE, Recompute.FULL, Recompute.OFFLOAD])
+@pytest.mark.parametrize("dora", [False, True])
+def test_recomputing_draws_the_same_dropout(small: Path, tmp_path: Path, recompute: Recompute, dora: bool) -> None:
+    """The mask that a part of a layer meets on its second way is the first's, to the bit; and it is a mask."""
+    with_adapter(load_peer(small), tmp_path / "adapter", use_dora=dora)
+    packed = batch(rows(VOCAB))
+    dropout = Dropout(rate=0.4, keys=dropout_keys(7, 3, packed.rows, packed.positions))
+    found = []
+    for policy, drops in ((Recompute.NONE, dropout), (recompute, dropout), (recompute, None)):
+        ours = load(small, tmp_path / "adapter", policy)
+        sums = ours.training.loss(packed, drops)
+        sums.loss.backward()
+        found.append((float(sums.loss.detach()), ours.parameters.gradients))
+    kept, again, without = found
+    assert kept[0] == again[0] and torch.equal(kept[1], again[1])
+    assert kept[0] != without[0] and not torch.allclose(kept[1], without[1], rtol=0.1)
 
 
 @pytest.mark.parametrize("adapter", [True, False])

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from lmesh_kernels.layers.recompute import Recompute
+from lmesh_kernels.lora.sites import sites
 from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.models.footprint import parameter_bytes, unfolded_bytes
 from lmesh_kernels.models.parameters import Precision
 from lmesh_kernels.ops.head_loss import CHUNK_BYTES
 
+from lmesh_trainer.activations import Adapted, kept_bytes
 from lmesh_trainer.errors import JobError
 
 # Tokens run at once where nothing else is said: enough for products at their full rate, measured on a CPU of two cores
@@ -50,11 +52,14 @@ def plan_training(
     quantisation: Quantisation = "none",
     shards: int = 1,
     modules: int = 0,
+    dora: bool = False,
+    dropout: bool = False,
 ) -> TrainingPlan:
     """Chooses what is not stated so that it fits, least recomputing and most tokens first.
 
     `trained` numbers are trained; `frozen` says whether they come on top of the model, but for `modules` of them, which
-    are its own; `longest` row in tokens, which a microbatch must hold; the model is held in `shards` parts.
+    are its own; `longest` row in tokens, which a microbatch must hold; the model is held in `shards` parts. The adapter
+    is a DoRA, and has dropout, where `dora` and `dropout` say so.
     Raises JobError OUT_OF_MEMORY with all lines when nothing fits.
     """
     wanted = max(longest, micro_tokens or MICRO_TOKENS.get(device_type, MICRO_TOKENS_DEVICE))
@@ -62,9 +67,12 @@ def plan_training(
     policies = [recompute] if recompute else list(Recompute)[: 2 if device_type == "cpu" else 4]
     if recompute is None and device_type == "cpu":
         policies.append(Recompute.FULL)
+    adapted = Adapted(trained=trained - modules if frozen else 0, dora=dora, dropout=dropout)
     for policy in policies:
+        # On a CPU the host's memory is the device's.
+        here = Recompute.FULL if policy is Recompute.OFFLOAD and device_type == "cpu" else policy
         for size in sizes:
-            lines = _lines(config, precision, trained, frozen, size, policy, quantisation, shards, modules)
+            lines = _lines(config, precision, trained, frozen, size, here, quantisation, shards, modules, adapted)
             plan = TrainingPlan(micro_tokens=size, recompute=policy, lines=lines, free=free)
             if plan.total <= _SHARE * free:
                 return plan
@@ -88,6 +96,7 @@ def _lines(
     quantisation: Quantisation,
     shards: int,
     modules: int,
+    adapted: Adapted,
 ) -> dict[str, int]:
     size = precision.dtype.itemsize
     if shards > 1 and not frozen:
@@ -102,14 +111,26 @@ def _lines(
     return {
         "weights": kept * -(-parameter_bytes(config, precision.dtype, quantisation) // shards),
         **sharded,
-        "unfolded weights": unfolded_bytes(config, precision.dtype) if quantisation == "nf4" else 0,
+        "unfolded weights": _unfolded(config, precision.dtype, policy, adapted) if quantisation == "nf4" else 0,
         "trained values and masters": values + masters,
         "gradient sums": trained * 4,
         "optimiser": moments,
-        "kept activations": tokens * kept_bytes(config, precision.dtype, policy),
+        "kept activations": tokens * kept_bytes(config, precision.dtype, policy, adapted),
         "a layer at work": tokens * _working_bytes(config, precision.dtype),
         "head and loss": 2 * CHUNK_BYTES + vocabulary * 4,
     }
+
+
+def _unfolded(config: ModelConfig, dtype: torch.dtype, policy: Recompute, adapted: Adapted) -> int:
+    """Bytes of a quantised base's weights in the dtype of the pass. Autograd keeps all that DoRA has unfolded: of every
+    layer until its backward pass, or of the one that is run again.
+    """
+    moment = unfolded_bytes(config, dtype)
+    if not adapted.dora:
+        return moment
+    layers = config.num_layers if policy in (Recompute.NONE, Recompute.SELECTIVE) else 1
+    layer = sum(shape.inputs * shape.outputs for shape in sites(config).values()) // config.num_layers
+    return moment + layers * layer * dtype.itemsize
 
 
 def _gathered_bytes(config: ModelConfig, precision: Precision, frozen: bool) -> int:
@@ -123,23 +144,6 @@ def _gathered_bytes(config: ModelConfig, precision: Precision, frozen: bool) -> 
     )
     gradients = 0 if frozen else 4 * (outside + 2 * layer)
     return precision.dtype.itemsize * (outside + 2 * layer) + gradients
-
-
-def kept_bytes(config: ModelConfig, dtype: torch.dtype, policy: Recompute) -> int:
-    """Bytes a token that all layers keep for the backward pass, as the nodes of `models.training` keep them."""
-    stream, qkv = config.hidden_size, config.q_size + 2 * config.kv_size
-    attention = stream + qkv + config.q_size + 2 * config.num_heads
-    feed_forward = stream + 2 * config.intermediate_size
-    match policy:
-        case Recompute.NONE:
-            numbers = attention + feed_forward
-        case Recompute.SELECTIVE:
-            numbers = attention + stream
-        case Recompute.FULL:
-            numbers = stream
-        case Recompute.OFFLOAD:
-            numbers = 0
-    return config.num_layers * numbers * dtype.itemsize
 
 
 def _working_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -55,7 +55,8 @@ class Publisher:
         self.recipe_mismatches = 0  # published on another quantisation than they were trained on, as asked for
 
     async def publish(self, offer: Offer) -> Published:
-        """Makes it the newest version of its name; the same content from the same job again gives what is there.
+        """Makes it the newest version of its name; the same content from the same job again gives what is there, unless
+        the model's weights are others by now.
 
         Raises a ServiceError: InvalidArgumentError for the name, ModelNotServedError, AdapterBaseMismatchError,
         AdapterRefusedError, RegistryUnavailableError. Nothing has changed then.
@@ -64,7 +65,7 @@ class Publisher:
         async with self._turn:
             model = self._served(offer.model)
             versions = self._scheduler.adapters.versions(offer.tenant, model.id, offer.name)
-            if versions and (versions[-1].digest, versions[-1].job_id) == (offer.digest, offer.job_id):
+            if versions and _same(versions[-1], offer) and fits(versions[-1], model.digest):
                 return versions[-1]
             entry = self._entry(offer, model, versions[-1].version + 1 if versions else 1)
             try:
@@ -74,6 +75,9 @@ class Publisher:
             finally:
                 self._scheduler.residency.withdraw(entry.digest)
         self._scheduler.catalog_changed()
+        if entry.recipe_mismatch:
+            self.recipe_mismatches += 1
+            log.warning("adapter on another recipe", extra={"adapter": offer.name, "base": entry.base_digest})
         extra = {"adapter": f"{entry.model}:{entry.name}@{entry.version}", "digest": entry.digest}
         log.info("adapter published", extra=extra)
         return entry
@@ -113,8 +117,6 @@ class Publisher:
                 f"{_recipe(model.digest)} ones: allow_recipe_mismatch serves it all the same",
                 field="allow_recipe_mismatch",
             )
-        self.recipe_mismatches += 1
-        log.warning("adapter on another recipe", extra={"adapter": offer.name, "base": entry.base_digest})
         return waived
 
     async def _loaded(self, entry: Published) -> None:
@@ -162,6 +164,10 @@ def check_name(name: str) -> None:
             "name must be 1 to 64 letters, digits, dots, dashes or underscores, and begin with a letter or digit",
             field="name",
         )
+
+
+def _same(entry: Published, offer: Offer) -> bool:
+    return (entry.digest, entry.job_id) == (offer.digest, offer.job_id)
 
 
 def base_digest_of(manifest: str) -> str:
