@@ -143,6 +143,8 @@ def _plan(spec: JobSpec, config: ModelConfig, feed: Feed, platform: Platform, re
         quantisation=quantisation_of(spec, config),
         shards=shards_of(spec),
         modules=_module_count(spec, config) if spec.method == "lora" else 0,
+        dora=spec.method == "lora" and _is_dora(spec, config),
+        dropout=spec.method == "lora" and spec.lora.lora_dropout > 0,
     )
     report(
         events.PlanMade(
@@ -173,6 +175,13 @@ def _trained_count(spec: JobSpec, config: ModelConfig) -> int:
         raise JobError("BAD_ADAPTER", f"NO_TARGETS: target_modules {spec.lora.target_modules!r} name no projection")
     extra = 1 if told.dora else 0
     return modules + sum(told.rank(site) * (s.inputs + s.outputs) + extra * s.outputs for site, s in wanted.items())
+
+
+def _is_dora(spec: JobSpec, config: ModelConfig) -> bool:
+    """Of an adapter to go on from, its own shape is taken."""
+    if not spec.lora.start:
+        return spec.lora.use_dora
+    return any(factors.magnitude is not None for factors in start_adapter(spec, config).values())
 
 
 def _module_count(spec: JobSpec, config: ModelConfig) -> int:
