@@ -80,3 +80,16 @@ def test_the_whole_mesh() -> None:
         assert line["itl_ms_p50"] > 0 and line["token_ms_p50"] > 0
     assert 0 < one["mesh_ttft_ms_p50"] < one["ttft_ms_p99"]
     assert "mesh_ttft_ms_p50" not in many and random["requests"] > 0
+
+
+def test_how_right_lower_precision_is(tmp_path: Path) -> None:
+    from tests.tiny_model import save_tiny_llama
+
+    (found,), _ = lines("accuracy.py", "--model", "tiny", "--positions", "512", "--device", "cpu")
+    assert (found["dtype"], found["positions"], found["agreed_share"]) == ("bfloat16", 512, 1.0)
+    assert found["sure_share"] >= 0.6
+    text = tmp_path / "text"
+    text.write_text("what a text says, and says again: " * 20)
+    told = ("--path", str(save_tiny_llama(tmp_path / "model")), "--text", str(text), "--device", "cpu")
+    (same,), _ = lines("accuracy.py", *told, "--dtype", "float32")
+    assert same["apart"] == 0.0 and same["perplexity"] > 1
