@@ -63,7 +63,7 @@ cancel() { # ends a request from another call, by its id; its own stream then en
     local id event ended
     id=$(new_id)
     ended=$(mktemp)
-    exec 3< <(call Generate "$(request "$1" "{\"request_id\": \"$id\", \"stop\": {\"max_tokens\": 2000}}")" 2>"$ended" |
+    exec 3< <(call Generate "$(request "$1" "{\"request_id\": \"$id\", \"stop\": {\"max_tokens\": 2000, \"ignore_eos\": true}}")" 2>"$ended" |
         jq --unbuffered --compact-output .)
     while read -r event <&3 && [[ $event != *tokenIds* ]]; do :; done
     call Cancel "{\"request_id\": \"$id\"}" >/dev/null
