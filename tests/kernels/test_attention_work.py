@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmesh_kernels.ops.attention_work import (
     LEAST_SHARED,
-    SAME_SPLIT,
     WHOLE,
     Pieces,
     Shape,
@@ -64,22 +63,29 @@ def test_each_row_sees_each_of_its_keys_once(data: st.DataObject) -> None:
             else:
                 assert list(parts) == [WHOLE]
             row += 1
-    assert pieces.num_parts <= shape.most_parts or shape.invariant
+    assert pieces.num_parts <= shape.most_parts
     starts = pieces.parts_first[pieces.parts > 0].tolist()
     counts = pieces.parts[pieces.parts > 0].tolist()
     assert starts == [sum(counts[:i]) for i in range(len(counts))]
 
 
-def test_the_same_split_whatever_else_is_in_the_batch() -> None:
+def test_nothing_is_cut_where_bits_matter() -> None:
     shape = shape_of(4096, 4, invariant=True)
-    alone = plan_pieces(np.array([1], np.int32), np.array([1700], np.int32), shape)
-    among = plan_pieces(np.ones(65, np.int32), np.array([1700] + [40] * 64, np.int32), shape)
-    mine = among.wide[among.wide[:, 0] == 0]
-    assert (
-        mine[:, 3:5].tolist()
-        == alone.wide[:, 3:5].tolist()
-        == [[at, min(1700, at + SAME_SPLIT)] for at in range(0, 1700, SAME_SPLIT)]
+    for q_lens, kv_lens in (([1], [1700]), ([1] * 65, [1700] + [40] * 64), ([600, 1], [8000, 1700])):
+        pieces = plan_pieces(np.array(q_lens, np.int32), np.array(kv_lens, np.int32), shape)
+        assert not pieces.parts.any() and not len(pieces.narrow)
+        assert (pieces.wide[:, 3] == 0).all() and (pieces.wide[:, 6] == WHOLE).all()
+
+
+def test_parts_never_outgrow_their_room() -> None:
+    shape = shape_of(4096, 4)
+    rows = shape.most_parts
+    shared = plan_pieces(np.ones(rows, np.int32), np.full(rows, 700, np.int32), shape, groups=((0, rows, 512),))
+    assert not shared.parts.any()  # each row would have two
+    half = plan_pieces(
+        np.ones(rows // 2, np.int32), np.full(rows // 2, 700, np.int32), shape, groups=((0, rows // 2, 512),)
     )
+    assert half.num_parts == shape.most_parts
 
 
 def test_few_sequences_fill_the_device_and_many_are_left_whole() -> None:

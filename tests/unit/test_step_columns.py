@@ -134,3 +134,13 @@ def test_decodes_over_one_prefix_come_together() -> None:
     order = [row.sequence.blocks[0] for row in plan.rows]
     assert order == [1, 1, 3, 7, 7, 40]
     assert {row.sequence.key for row in plan.rows} == {0, 1, 2, 3, 4, 9}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that has graphs captures this one")
+def test_a_size_that_cannot_be_captured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    graphs = StepGraphs(SHAPE, max_seqs=6)
+    key = graphs.key(3, 3, plan_pieces(np.ones(3, np.int32), np.full(3, 5, np.int32), SHAPE), GREEDY)
+    assert key is not None and not graphs.due(key) and graphs.due(key)
+    graphs.capture(key, lambda: pytest.fail("nothing is recorded without a graph"))
+    assert (graphs.captures, graphs.find(key), graphs.due(key)) == (0, None, False)
+    assert caplog.text.count("stay without a graph") == 1

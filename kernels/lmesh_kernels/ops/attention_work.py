@@ -27,7 +27,6 @@ WHOLE = -1  # part of a piece whose rows have no other: its result is the row's
 LEAST_SPLIT = 128  # keys of a part; a smaller one costs more to join than it saves
 LEAST_SHARED = 256  # keys of a prefix that is worth parts of its own
 MOST_PARTS = 64  # of one row
-SAME_SPLIT = 512  # keys of a part where results may not depend on the rest of the batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +83,15 @@ def plan_pieces(
     """The pieces of a step of S sequences: q_lens new tokens each, its last, of kv_lens cached ones.
 
     `groups` are (first sequence, end, shared keys): neighbours of one new token each whose first so many keys are the
-    same blocks; they are not shared where bits matter. `names` are the sequences' rows in the block tables, where those
-    are not 0 to S - 1. Sequences that are `apart` get no pieces.
+    same blocks; they are not shared where bits matter, or where there is no room. `names` are the sequences' rows in
+    the block tables, where those are not 0 to S - 1. Sequences that are `apart` get no pieces.
     """
     firsts = np.zeros(len(q_lens) + 1, np.int32)
     np.cumsum(q_lens, out=firsts[1:])
     shared = np.zeros(len(q_lens), np.int32)
-    groups = () if shape.invariant else groups
+    # A row of a group has two parts at least, and there must be room for all of them.
+    if shape.invariant or 2 * sum(end - begin for begin, end, _ in groups) > shape.most_parts:
+        groups = ()
     for begin, end, keys in groups:
         shared[begin:end] = keys
     # One kernel for all where bits matter: the next time a row is computed it may stand in a chunk.
@@ -108,7 +109,9 @@ def plan_pieces(
     wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape, chunked)])
     if names is not None:
         narrow[:, 2], wide[:, 2] = names[narrow[:, 2]], names[wide[:, 2]]
-    return _split(narrow, wide, int(firsts[-1]), shape)
+    pieces = _split(narrow, wide, int(firsts[-1]), shape)
+    assert pieces.num_parts <= shape.most_parts, "a kernel would write past the room for parts"
+    return pieces
 
 
 def _rows_of(
@@ -166,10 +169,10 @@ def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape) -> Pieces:
 
 def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> int:
     """Keys of a part: so many that all programs have work, as few parts as that takes."""
-    if shape.invariant:
-        return SAME_SPLIT
-    keys = int((narrow[:, 4] - narrow[:, 3]).sum()) + int((wide[:, 4] - wide[:, 3]).sum())
     longest = max((int((p[:, 4] - p[:, 3]).max()) for p in (narrow, wide) if len(p)), default=1)
+    if shape.invariant:  # where a row is cut would depend on the others; never is the one rule that needs no room
+        return longest
+    keys = int((narrow[:, 4] - narrow[:, 3]).sum()) + int((wide[:, 4] - wide[:, 3]).sum())
     even = -(-keys * shape.kv_heads // shape.programs)
     size = max(LEAST_SPLIT, even, -(-longest // MOST_PARTS))
     rows = np.concatenate([narrow[:, 1], wide[:, 1]]).astype(np.int64)

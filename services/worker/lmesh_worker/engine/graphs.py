@@ -8,6 +8,7 @@ after it, so nothing waits for graphs and no size is captured that came once.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -56,6 +57,8 @@ _ROWS = (
 _TOKENS = (256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _MOST_GRAPHS = 256
 
+log = logging.getLogger(__name__)
+
 Mode = Literal["greedy", "random", "truncated"]
 
 
@@ -102,6 +105,7 @@ class StepGraphs:
         self._tokens = (*self._rows, *(n for n in _TOKENS if n > max_seqs))
         self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
+        self._refused: set[GraphKey] = set()
         self._pool: Any = None
         self.captures = 0
 
@@ -134,10 +138,25 @@ class StepGraphs:
     def due(self, key: GraphKey) -> bool:
         """Counts a step of this size that ran without a graph; whether the next one like it should have one."""
         self._seen[key] += 1
-        return self._seen[key] > 1
+        return self._seen[key] > 1 and key not in self._refused
 
     def capture(self, key: GraphKey, compute: Callable[[], StepOutputs]) -> None:
-        """Records what `compute` launches, on the stream that calls; nothing runs."""
+        """Records what `compute` launches, on the stream that calls; nothing runs.
+
+        A size that cannot be recorded is said once, and its steps go on being launched as they are.
+        """
+        try:
+            captured = self._record(compute)
+        except RuntimeError as error:  # the step itself has run: its results are right
+            log.warning("steps of a size stay without a graph: %s", error, extra={"size": str(key)})
+            self._refused.add(key)
+            return
+        self._captured[key] = captured
+        self.captures += 1
+        if len(self._captured) > _MOST_GRAPHS:
+            self._captured.popitem(last=False)
+
+    def _record(self, compute: Callable[[], StepOutputs]) -> Captured:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -146,7 +165,4 @@ class StepGraphs:
             outputs = compute()
         finally:
             graph.capture_end()
-        self._captured[key] = Captured(graph=graph, outputs=outputs)
-        self.captures += 1
-        if len(self._captured) > _MOST_GRAPHS:
-            self._captured.popitem(last=False)
+        return Captured(graph=graph, outputs=outputs)
