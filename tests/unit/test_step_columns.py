@@ -73,6 +73,13 @@ def test_a_slot_follows_its_owner_and_only_changes_are_sent() -> None:
     assert (table.temperature[2], table.top_k[2]) == (0.0, 0)
 
 
+def test_a_cpu_s_slots_remember_nothing_to_send() -> None:
+    table = slots()
+    for tenure in range(50):
+        table.take_in([sequence(tenure, 9, 2, [7, 8, 9], tenure=tenure)])
+    assert table.changes() is None and not table._changed
+
+
 def test_an_arena_is_filled_up_and_its_views_stay() -> None:
     arena = Arena(detect("cpu"), capacity=4096, sets=2)
     views = []

@@ -59,7 +59,8 @@ class Slots:
             if known[slot] != len(blocks):
                 first, known[slot] = known[slot], len(blocks)
                 self.tables[slot, first : len(blocks)] = blocks[first:]
-                self._changed.append((slot, first, len(blocks)))
+                if self.device_tables is not None:
+                    self._changed.append((slot, first, len(blocks)))
 
     def _move_in(self, sequence: Sequence) -> None:
         slot, params = sequence.slot, sequence.params
