@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lmesh_kernels.models.config import ModelConfig, RopeConfig
@@ -104,16 +106,19 @@ def test_forward_and_sampling_never_wait_for_the_device(platform: Platform) -> N
     runner = PagedRunner(decoder, block_size=16)
     batch = make_batch([[5], [6], [1, 2, 3], [4] * 9], [3, 40, 0, 20], [[1], [2, 3, 4], [5], [6, 7]], 16)
     batch = on_device(batch, platform.device)
+    # An engine plans attention and counts ends on the host, and sends both with its columns.
+    assert runner.attention.device is not None
+    batch = replace(batch, work=runner.attention.device.plan(batch))
+    ends = torch.tensor(batch.q_lens_host, device=platform.device).cumsum(0) - 1
     rows = [torch.ones(4, device=platform.device), torch.full((4,), 0.9, device=platform.device)]
     rows.append(torch.full((4,), 20, dtype=torch.int32, device=platform.device))
+    floors = torch.full((4,), -torch.inf, device=platform.device)
     counters = [torch.arange(4, device=platform.device) for _ in range(3)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         hidden = decoder(batch, runner.attention)
-        ends = torch.tensor(batch.q_lens_host).cumsum(0).to(hidden.device) - 1
         logits = decoder.logits(hidden.index_select(0, ends))
-        zeros = torch.full((4,), -torch.inf, device=platform.device)
-        params = SampleParams(**dict(zip(NAMES, [*rows, zeros, *counters], strict=True)))
+        params = SampleParams(**dict(zip(NAMES, [*rows, floors, *counters], strict=True)))
         ids, finite = torch.empty_like(counters[0]), torch.empty(4, dtype=torch.bool, device=platform.device)
         sample_rows(logits, params, SampleHints(), ids, finite)
     finally:

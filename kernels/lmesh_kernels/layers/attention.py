@@ -64,8 +64,10 @@ class PagedAttention:
         keys, values = self.kv.layer(layer)
         q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
         if self.device is not None and self._work is not None:
-            attended = self.device.attend(q, keys, values, batch.block_tables, self._work, scale=q.shape[-1] ** -0.5)
-            return attended.flatten(1)
+            own = qkv.view(len(qkv), -1, q.shape[-1])[:, q.shape[1] :].chunk(2, dim=1)
+            return self.device.attend(
+                q, keys, values, batch.block_tables, self._work, scale=q.shape[-1] ** -0.5, own=(own[0], own[1])
+            ).flatten(1)
         return paged_attention(q, keys, values, batch, scale=q.shape[-1] ** -0.5, plan=self._plan).flatten(1)
 
 

@@ -55,6 +55,12 @@ class Pieces:
         """Of all rows."""
         return int(self.parts.sum())
 
+    @property
+    def joined(self) -> int:
+        """Rows from the first on among which are all that have parts."""
+        found = np.flatnonzero(self.parts)
+        return int(found[-1]) + 1 if len(found) else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionWork:
@@ -67,7 +73,7 @@ class AttentionWork:
     parts: Tensor  # [T] int32
     has_narrow: bool
     has_wide: bool
-    has_parts: bool
+    joined: int  # rows from the first on among which are all that have parts; 0 where none has
     prompts: tuple[Prompt, ...] = ()  # whole prompts that another kernel takes
 
 
@@ -204,7 +210,7 @@ def on_device(pieces: Pieces, put: Callable[[Ints], Tensor]) -> AttentionWork:
         parts=put(pieces.parts),
         has_narrow=bool(len(pieces.narrow)),
         has_wide=bool(len(pieces.wide)),
-        has_parts=bool(pieces.parts.any()),
+        joined=pieces.joined,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmesh_kernels.layers.batch import PagedBatch
 from lmesh_kernels.ops.attention_work import AttentionWork, Shape, on_device, plan_pieces
+from lmesh_kernels.ops.linear_tiles import takes_pdl
 from lmesh_kernels.ops.prompt_attention import attend_prompt, takes_prompts
 
 _PROGRAMS = 8  # of a processor
@@ -78,6 +79,7 @@ class DeviceAttention:
             invariant=invariant,
         )
         self.takes_prompts = not invariant and takes_prompts(dtype, head_dim, device)
+        self._pdl = takes_pdl(device)
         heads = kv_heads * group
         self.scratch = Scratch(
             parts=torch.empty(_MOST_PARTS, heads, head_dim, dtype=torch.float32, device=device),
@@ -91,9 +93,20 @@ class DeviceAttention:
         return on_device(pieces, lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device))
 
     def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, work: AttentionWork, *, scale: float
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        work: AttentionWork,
+        *,
+        scale: float,
+        own: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As `paged_attention`, of what `work` says; `tables` [rows, blocks] int32 are those that its pieces name."""
+        """As `paged_attention`, of what `work` says; `tables` [rows, blocks] int32 are those that its pieces name.
+
+        `own`, the step's k and v [T, kv_heads, head_dim] as they are in the cache, is needed where `work` has prompts.
+        """
         from lmesh_kernels.ops.paged_attention_kernels import paged_attention_triton
 
         out = paged_attention_triton(
@@ -107,9 +120,11 @@ class DeviceAttention:
             narrow=self.narrow,
             wide=self.wide,
             programs=self.programs,
+            pdl=self._pdl,
         )
         for prompt in work.prompts:
-            attend_prompt(q, keys, values, tables, prompt, out, scale=scale)
+            assert own is not None
+            attend_prompt(q, *own, prompt, out, scale=scale)
         return out
 
 

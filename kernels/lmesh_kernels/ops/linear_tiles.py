@@ -63,6 +63,11 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(properties.multi_processor_count, shared, pdl)
 
 
+def takes_pdl(device: torch.device) -> bool:
+    """Whether launches on a device may overlap the one ahead of them."""
+    return device.type == "cuda" and device_facts(device).pdl
+
+
 def suits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     """Whether the Triton products take these: x [T, inputs] and weight [outputs, inputs] on one CUDA device, 16 bits.
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork
 from lmesh_kernels.ops.device_attention import Scratch, Tile
+from lmesh_kernels.ops.linear_tiles import launch_options
 
 _LOG2_E = 1.4426950408889634
+_JOINED_HEADS = 8  # of one program: most rows of a mixed step have no parts, and programs that find none cost, too
+_JOINED_PARTS = 4
 
 
 @triton.jit
@@ -112,8 +115,12 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     work = tl.load(count) * KV_HEADS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.arange(0, BLOCK_D)
     under = tl.arange(0, BLOCK_M)
     for at in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -174,27 +181,40 @@ def _join(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    row, head = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(0)
     count = tl.load(counts + row)
+    first = tl.load(parts_first + row)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if count > 0:
+        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         place = tl.arange(0, BLOCK_D)
-        inside = place < HEAD_DIM
-        slot = (tl.load(parts_first + row) * HEADS + head).to(tl.int64)
-        best = tl.full((), float("-inf"), dtype=tl.float32)
-        weight = tl.full((), 0.0, dtype=tl.float32)
-        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        for _ in range(count):
-            size = tl.load(sums + slot)
-            highest = tl.maximum(best, size)
+        mine = (head < HEADS)[:, None] & (place < HEAD_DIM)[None, :]
+        best = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
+        weight = tl.zeros((BLOCK_H,), dtype=tl.float32)
+        total = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
+        for start in range(0, count, AT_ONCE):
+            # Some side by side: one latency of the memory for all of them.
+            part = start + tl.arange(0, AT_ONCE)
+            slot = ((first + part)[:, None] * HEADS + head[None, :]).to(tl.int64)
+            known = (part < count)[:, None] & (head < HEADS)[None, :]
+            size = tl.load(sums + slot, mask=known, other=float("-inf"))
+            at = parts + slot[:, :, None] * HEAD_DIM + place[None, None, :]
+            values = tl.load(at, mask=known[:, :, None] & (place < HEAD_DIM)[None, None, :], other=0.0)
+            highest = tl.maximum(best, tl.max(size, axis=0))
             base = tl.where(highest == float("-inf"), 0.0, highest)
-            fade, own = tl.exp2(best - base), tl.exp2(size - base)
-            total = total * fade + own * tl.load(parts + slot * HEAD_DIM + place, mask=inside, other=0.0)
-            weight = weight * fade + own
+            own, fade = tl.exp2(size - base[None, :]), tl.exp2(best - base)
+            total = total * fade[:, None] + tl.sum(own[:, :, None] * values, axis=0)
+            weight = weight * fade + tl.sum(own, axis=0)
             best = highest
-            slot += HEADS
-        target = out + row.to(tl.int64) * out_stride + head * HEAD_DIM + place
-        tl.store(target, (total / weight).to(out.dtype.element_ty), mask=inside)
+        target = out + row.to(tl.int64) * out_stride + head[:, None] * HEAD_DIM + place[None, :]
+        result = total / tl.where(weight > 0, weight, 1.0)[:, None]
+        tl.store(target, result.to(out.dtype.element_ty), mask=mine)
 
 
 def paged_attention_triton(
@@ -211,11 +231,13 @@ def paged_attention_triton(
     programs: int,
     softcap: float = 0.0,
     window: int = 0,
+    pdl: bool = False,
 ) -> Tensor:
     """Attention of q [T, heads, head_dim] (rows may be apart) as `work` says; returns [T, heads, head_dim].
 
     keys, values [blocks, block_size, kv_heads, head_dim]; tables [S, blocks] int32; softcap and window are off at 0.
-    `narrow`'s tile must hold a group of query heads, and `wide`'s was `work`'s.
+    `narrow`'s tile must hold a group of query heads, and `wide`'s was `work`'s. `pdl`: launches may overlap the one
+    ahead; `work` and the tables must not have been written by it.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = keys.shape[2], keys.shape[1]
@@ -255,11 +277,11 @@ def paged_attention_triton(
             BLOCK_N=tile.keys,
             BLOCK_SIZE=block_size,
             PRECISION="ieee" if exact else None,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            PDL=pdl,
+            **launch_options(tile.warps, tile.stages, pdl),
         )
-    if work.has_parts:
-        _join[(tokens, heads)](
+    if work.joined:
+        _join[(work.joined, triton.cdiv(heads, _JOINED_HEADS))](
             scratch.parts,
             scratch.sums,
             work.parts_first,
@@ -269,6 +291,9 @@ def paged_attention_triton(
             HEADS=heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=1,
+            BLOCK_H=_JOINED_HEADS,
+            AT_ONCE=_JOINED_PARTS,
+            PDL=pdl,
+            **launch_options(2, 1, pdl),
         )
     return out

@@ -20,11 +20,10 @@ STEP = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """`length` rows of q from `first`, whose keys are the first of row `table` of the block tables."""
+    """All tokens of a sequence: `length` rows of the step from `first`."""
 
     first: int
     length: int
-    table: int
 
 
 def takes_prompts(q_dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
@@ -34,20 +33,15 @@ def takes_prompts(q_dtype: torch.dtype, head_dim: int, device: torch.device) -> 
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def attend_prompt(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, prompt: Prompt, out: Tensor, *, scale: float
-) -> None:
-    """Causal attention of a prompt over itself, written to its rows of `out`; shapes as `paged_attention` has them."""
-    length, block_size = prompt.length, keys.shape[1]
-    more = -length % STEP
-    rows = slice(prompt.first, prompt.first + length)
-    blocks = tables[prompt.table, : -(-length // block_size)]
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, out: Tensor, *, scale: float) -> None:
+    """Causal attention of a prompt over itself, written to its rows of out [T, heads, head_dim].
+
+    q [T, heads, head_dim], k, v [T, kv_heads, head_dim] of all the step's tokens; rows may be apart.
+    """
+    rows, more = slice(prompt.first, prompt.first + prompt.length), -prompt.length % STEP
     # What fills up comes last, where no real row sees it; zeros, because a masked NaN is still NaN.
-    k, v = (
-        pad(cache.index_select(0, blocks).flatten(0, 1)[:length], (0, 0, 0, 0, 0, more)).transpose(0, 1)[None]
-        for cache in (keys, values)
-    )
-    queries = pad(q[rows], (0, 0, 0, 0, 0, more)).transpose(0, 1)[None]
+    filled = (pad(x[rows], (0, 0, 0, 0, 0, more)) if more else x[rows] for x in (q, k, v))
+    queries, k, v = (x.transpose(0, 1)[None] for x in filled)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         attended = scaled_dot_product_attention(queries, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    out[rows] = attended[0].transpose(0, 1)[:length]
+    out[rows] = attended[0].transpose(0, 1)[: prompt.length]

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmesh_kernels.ops.linear_tiles import launch_options, takes_pdl
+
 _HEADS = 8  # a program's heads: enough numbers for its threads, few enough that one token fills many programs
 
 
@@ -39,7 +41,11 @@ def _rope_kv(
     HALF_BLOCK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     NORMED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     half = tl.arange(0, HALF_BLOCK)
@@ -59,8 +65,8 @@ def _rope_kv(
     sin = tl.load(rotation + token * HEAD_DIM + HEAD_DIM // 2 + half, mask=narrow, other=0.0)[None, :]
     low = turned_first * cos - turned_second * sin
     high = turned_second * cos + turned_first * sin
-    tl.store(place, low.to(kind), mask=mine & is_q)
-    tl.store(place + HEAD_DIM // 2, high.to(kind), mask=mine & is_q)
+    tl.store(place, low.to(kind), mask=mine & (is_v == 0))
+    tl.store(place + HEAD_DIM // 2, high.to(kind), mask=mine & (is_v == 0))
     cached = tl.load(kv_slots + token).to(tl.int64) * KV_HEADS
     key = keys + (cached + head[:, None] - HEADS) * HEAD_DIM + half[None, :]
     is_k = mine & (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None]
@@ -81,11 +87,12 @@ def rope_kv_triton(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """As `rope_kv.rope_kv`; q is rotated in place of qkv's own, whose rows have elements of stride 1."""
+    """As `rope_kv.rope_kv`; q and k are rotated in place of qkv's own, whose rows have elements of stride 1."""
     kv_heads, head_dim = keys.shape[-2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q and k heads are normed both or not at all")
+    pdl = takes_pdl(qkv.device)
     if qkv.shape[0]:
         _rope_kv[(qkv.shape[0], triton.cdiv(heads + 2 * kv_heads, _HEADS))](
             qkv,
@@ -103,6 +110,7 @@ def rope_kv_triton(
             HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
             HEAD_BLOCK=_HEADS,
             NORMED=q_norm is not None,
-            num_warps=2,
+            PDL=pdl,
+            **launch_options(2, 3, pdl),
         )
     return qkv[:, : heads * head_dim].view(qkv.shape[0], heads, head_dim)

@@ -68,8 +68,9 @@ class DeviceSteps:
         self._slots.take_in([row.sequence for row in plan.rows])
         _neighbours(plan, self._slots)
         columns = gather(plan, self._slots, self._block_size)
-        prompts = self._prompts(columns)
-        pieces = self._pieces(columns, prompts)
+        whole = self._whole_prompts(columns)
+        prompts = _prompts(columns, whole)
+        pieces = self._pieces(columns, whole)
         told = hints(columns, self._slots)
         self._arena.begin()
         adapted = any(row.sequence.adapter for row in plan.rows)
@@ -86,8 +87,7 @@ class DeviceSteps:
         compute = self._captured(key, columns, pieces, told)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
 
-    def _pieces(self, columns: StepColumns, prompts: tuple[Prompt, ...]) -> Pieces:
-        apart = np.isin(columns.slots, [prompt.table for prompt in prompts]) if prompts else None
+    def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None) -> Pieces:
         count = columns.num_decodes
         groups: tuple[tuple[int, int, int], ...] = ()
         if count > 1:
@@ -98,15 +98,12 @@ class DeviceSteps:
             columns.q_lens, columns.kv_lens, self._shape, groups=groups, names=columns.slots, apart=apart
         )
 
-    def _prompts(self, columns: StepColumns) -> tuple[Prompt, ...]:
-        """Long prompts of which nothing was cached."""
-        if not self._takes_prompts:
-            return ()
-        whole = np.flatnonzero((columns.q_lens >= LEAST) & (columns.q_lens == columns.kv_lens)).tolist()
-        return tuple(
-            Prompt(first=int(columns.begins[i]), length=int(columns.q_lens[i]), table=int(columns.slots[i]))
-            for i in whole
-        )
+    def _whole_prompts(self, columns: StepColumns) -> NDArray[np.bool_] | None:
+        """Which sequences are long prompts of which nothing was cached; None where another kernel takes none."""
+        if not self._takes_prompts or columns.num_decodes == len(columns.slots):
+            return None
+        whole: NDArray[np.bool_] = (columns.q_lens >= LEAST) & (columns.q_lens == columns.kv_lens)
+        return whole
 
     def _as_it_is(
         self,
@@ -120,7 +117,7 @@ class DeviceSteps:
         views = {
             name: self._arena.put(values) for name, (values, _, _) in _columns(columns, pieces, self._slots).items()
         }
-        kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), parts=bool(pieces.parts.any()))
+        kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         inputs = self._inputs(views, kinds, told, prompts, adapters, adjusting)
         changes = self._changes()
 
@@ -146,7 +143,7 @@ class DeviceSteps:
 
             return replay
         views = {name: self._arena.put(*told) for name, told in told_columns.items()}
-        kinds = _Kinds(narrow=True, wide=key.has_wide, parts=key.has_parts)
+        kinds = _Kinds(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
         inputs = self._inputs(views, kinds, told)
         changes = self._changes()
 
@@ -191,7 +188,7 @@ class DeviceSteps:
             parts=views["parts"],
             has_narrow=kinds.narrow,
             has_wide=kinds.wide,
-            has_parts=kinds.parts,
+            joined=kinds.joined,
             prompts=prompts,
         )
         batch = PagedBatch(
@@ -222,7 +219,7 @@ class _Kinds:
 
     narrow: bool
     wide: bool
-    parts: bool
+    joined: int
 
 
 def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey | None = None) -> dict[str, _Told]:
@@ -253,6 +250,14 @@ def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey |
         "top_k": (slots.top_k[of], samples, 0),
         "floor": (slots.floor[of], samples, 0),
     }
+
+
+def _prompts(columns: StepColumns, whole: NDArray[np.bool_] | None) -> tuple[Prompt, ...]:
+    if whole is None:
+        return ()
+    return tuple(
+        Prompt(first=int(columns.begins[i]), length=int(columns.q_lens[i])) for i in np.flatnonzero(whole).tolist()
+    )
 
 
 def _words(max_tokens: int, max_seqs: int, slots: Slots, shape: Shape) -> int:

@@ -124,7 +124,7 @@ class StepGraphs:
             narrow=room,
             wide=room,
             has_wide=bool(len(pieces.wide)),
-            has_parts=bool(pieces.parts.any()),
+            has_parts=pieces.joined > 0,
             mode=mode_of(hints),
         )
 
