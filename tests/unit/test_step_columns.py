@@ -10,7 +10,7 @@ import torch
 from lmesh_kernels.ops.attention_work import Shape, plan_pieces
 from lmesh_kernels.ops.sample_params import SampleHints
 from lmesh_kernels.platforms import detect
-from lmesh_worker.engine.buffers import Arena
+from lmesh_worker.engine.buffers import Arena, Layout
 from lmesh_worker.engine.device_steps import _columns, _neighbours
 from lmesh_worker.engine.graphs import GraphKey, StepGraphs, size_above
 from lmesh_worker.engine.inputs import gather
@@ -42,7 +42,9 @@ def test_columns_say_what_the_plan_says() -> None:
     first = sequence(2, 6, 0, [4, 5])
     later = sequence(3, 11, 5, [1, 2, 3])
     rows = [Row(decode, 9, 1, True, 0), Row(first, 0, 6, True, 0), Row(later, 4, 5, False, 0)]
-    columns = gather(StepPlan(rows), slots(), BLOCK)
+    table = slots()
+    table.take_in([decode, first, later])
+    columns = gather(StepPlan(rows), table, BLOCK)
     assert columns.ids.tolist() == [0, *range(100, 106), *range(104, 109)]
     assert columns.token_slots.tolist() == [3, *[-1] * 11]
     assert columns.positions.tolist() == [9, *range(6), *range(4, 9)]
@@ -99,6 +101,7 @@ def test_an_arena_is_filled_up_and_its_views_stay() -> None:
 def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     table = slots()
     plan = StepPlan([Row(sequence(k, 9 + k, k, [10 * k, 10 * k + 1, 10 * k + 2]), 8 + k, 1, True, 0) for k in range(3)])
+    table.take_in([row.sequence for row in plan.rows])
     columns = gather(plan, table, BLOCK)
     pieces = plan_pieces(columns.q_lens, columns.kv_lens, SHAPE, names=columns.slots)
     graphs = StepGraphs(SHAPE, max_seqs=6)
@@ -107,13 +110,23 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, has_parts=True, mode="greedy")
     arena = Arena(detect("cpu"), capacity=1 << 14, sets=1)
     arena.begin()
-    sent = {name: arena.put(*told) for name, told in _columns(columns, pieces, table, bigger).items()}
+    filled = _columns(columns, pieces, table, SampleHints(), bigger)
+    sent = {name: arena.put(*told) for name, told in filled.items()}
     arena.upload()
+    first = {name: column.clone() for name, column in sent.items()}
+    arena._host[0][:] = 77  # what a step before may have left
+    arena.begin()
+    arena.fill(arena.lay_out(filled), filled)
+    after = arena.put(np.array([5], np.int32))
+    arena.upload()
+    assert after.tolist() == [5] and all(torch.equal(first[name], sent[name]) for name in sent)
     assert sent["counts"].tolist() == [len(pieces.narrow), 0]
     assert sent["kv_slots"][3:].eq(99 * BLOCK).all() and sent["sample_slots"][3:].eq(table.spare).all()
     assert sent["token_slots"][3:].eq(-1).all() and not sent["parts"][3:].any()
-    plain = _columns(columns, pieces, table)
+    plain = _columns(columns, pieces, table, SampleHints())
     assert plain.keys() == sent.keys()
+    greedy = _columns(columns, pieces, table, GREEDY)
+    assert plain.keys() - greedy.keys() == {"temperature", "top_p", "top_k", "floor", "seed", "choice", "position"}
     assert all(np.array_equal(sent[name].numpy()[: len(values)], values) for name, (values, _, _) in plain.items())
 
 
@@ -148,6 +161,6 @@ def test_a_size_that_cannot_be_captured_is_said_once(caplog: pytest.LogCaptureFi
     graphs = StepGraphs(SHAPE, max_seqs=6)
     key = graphs.key(3, 3, plan_pieces(np.ones(3, np.int32), np.full(3, 5, np.int32), SHAPE), GREEDY)
     assert key is not None and not graphs.due(key) and graphs.due(key)
-    graphs.capture(key, lambda: pytest.fail("nothing is recorded without a graph"))
+    graphs.capture(key, Layout([], 0), lambda: pytest.fail("nothing is recorded without a graph"))
     assert (graphs.captures, graphs.find(key), graphs.due(key)) == (0, None, False)
     assert caplog.text.count("stay without a graph") == 1

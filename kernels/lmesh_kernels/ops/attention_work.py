@@ -27,6 +27,7 @@ WHOLE = -1  # part of a piece whose rows have no other: its result is the row's
 LEAST_SPLIT = 128  # keys of a part; a smaller one costs more to join than it saves
 LEAST_SHARED = 256  # keys of a prefix that is worth parts of its own
 MOST_PARTS = 64  # of one row
+_NONE = np.zeros((0, FIELDS), np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +112,14 @@ def plan_pieces(
         end=kv_lens[single],
         position=kv_lens[single] - 1,
     )
-    chunked = ~alone if apart is None else ~alone & ~apart
-    wide = np.concatenate([_shared_tiles(groups, firsts, shape), _chunk_tiles(q_lens, kv_lens, firsts, shape, chunked)])
+    wide = _NONE
+    if groups or len(single) < len(q_lens):
+        chunked = ~alone if apart is None else ~alone & ~apart
+        chunks = _chunk_tiles(q_lens, kv_lens, firsts, shape, chunked)
+        wide = np.concatenate([_shared_tiles(groups, firsts, shape), chunks])
     if names is not None:
         narrow[:, 2], wide[:, 2] = names[narrow[:, 2]], names[wide[:, 2]]
-    pieces = _split(narrow, wide, int(firsts[-1]), shape)
+    pieces = _split(narrow, wide, int(firsts[-1]), shape, shared=bool(groups))
     assert pieces.num_parts <= shape.most_parts, "a kernel would write past the room for parts"
     return pieces
 
@@ -131,7 +135,7 @@ def _rows_of(
 
 
 def _shared_tiles(groups: tuple[tuple[int, int, int], ...], firsts: Ints, shape: Shape) -> Ints:
-    tiles = [np.zeros((0, FIELDS), np.int32)]
+    tiles = [_NONE]
     for begin, end, keys in groups:
         at = np.arange(begin, end, shape.wide_rows, dtype=np.int32)
         rows = np.minimum(shape.wide_rows, end - at).astype(np.int32)
@@ -155,37 +159,40 @@ def _chunk_tiles(q_lens: Ints, kv_lens: Ints, firsts: Ints, shape: Shape, chosen
     return tiles[np.argsort(-tiles[:, 4], kind="stable")]
 
 
-def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape) -> Pieces:
-    """Cuts long pieces where there are few; numbers the parts of each row."""
-    size = _split_size(narrow, wide, shape)
-    narrow_cuts, wide_cuts = (np.maximum(1, -(-(p[:, 4] - p[:, 3]) // size)).astype(np.int32) for p in (narrow, wide))
+def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape, *, shared: bool) -> Pieces:
+    """Cuts long pieces where there are few; numbers the parts of each row. `shared`: rows may be in both lists."""
     parts = np.zeros(tokens, np.int32)
+    size, longest = _split_size(narrow, wide, shape)
+    if longest <= size and not shared:
+        return Pieces(narrow=narrow, wide=wide, parts_first=parts, parts=parts)
+    narrow_cuts, wide_cuts = (np.maximum(1, -(-(p[:, 4] - p[:, 3]) // size)).astype(np.int32) for p in (narrow, wide))
     # Of a row: the parts of the prefix that it shares come first, those of its own keys after them.
     before = np.zeros(tokens, np.int32)
     for first, rows, cuts in zip(wide[:, 0].tolist(), wide[:, 1].tolist(), wide_cuts.tolist(), strict=True):
         parts[first : first + rows] = before[first : first + rows] = cuts
     own_before = before[narrow[:, 0]]
     parts[narrow[:, 0]] += narrow_cuts
-    wide = _cut(wide, wide_cuts, np.zeros(len(wide), np.int32), parts, size)
+    if len(wide):
+        wide = _cut(wide, wide_cuts, np.zeros(len(wide), np.int32), parts, size)
     narrow = _cut(narrow, narrow_cuts, own_before, parts, size)
     parts[parts == 1] = 0
     parts_first = (np.cumsum(parts) - parts).astype(np.int32)
     return Pieces(narrow=narrow, wide=wide, parts_first=parts_first, parts=parts)
 
 
-def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> int:
-    """Keys of a part: so many that all programs have work, as few parts as that takes."""
-    longest = max((int((p[:, 4] - p[:, 3]).max()) for p in (narrow, wide) if len(p)), default=1)
+def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> tuple[int, int]:
+    """Keys of a part: so many that all programs have work, as few parts as that takes. And of the longest piece."""
+    lengths, rows = narrow[:, 4] - narrow[:, 3], narrow[:, 1]
+    if len(wide):
+        lengths, rows = np.concatenate([lengths, wide[:, 4] - wide[:, 3]]), np.concatenate([rows, wide[:, 1]])
+    longest = int(lengths.max()) if len(lengths) else 1
     if shape.invariant:  # where a row is cut would depend on the others; never is the one rule that needs no room
-        return longest
-    keys = int((narrow[:, 4] - narrow[:, 3]).sum()) + int((wide[:, 4] - wide[:, 3]).sum())
-    even = -(-keys * shape.kv_heads // shape.programs)
+        return longest, longest
+    even = -(-int(lengths.sum()) * shape.kv_heads // shape.programs)
     size = max(LEAST_SPLIT, even, -(-longest // MOST_PARTS))
-    rows = np.concatenate([narrow[:, 1], wide[:, 1]]).astype(np.int64)
-    lengths = np.concatenate([narrow[:, 4] - narrow[:, 3], wide[:, 4] - wide[:, 3]])
-    while size < longest and int((rows * np.maximum(1, -(-lengths // size))).sum()) > shape.most_parts:
+    while size < longest and int((rows.astype(np.int64) * -(-lengths // size)).sum()) > shape.most_parts:
         size *= 2
-    return -(-size // LEAST_SPLIT) * LEAST_SPLIT
+    return -(-size // LEAST_SPLIT) * LEAST_SPLIT, longest
 
 
 def _cut(pieces: Ints, cuts: Ints, before: Ints, parts: Ints, size: int) -> Ints:
@@ -194,8 +201,7 @@ def _cut(pieces: Ints, cuts: Ints, before: Ints, parts: Ints, size: int) -> Ints
     nth = (np.arange(len(out)) - np.repeat(np.cumsum(cuts) - cuts, cuts)).astype(np.int32)
     out[:, 3] += nth * size
     out[:, 4] = np.minimum(out[:, 4], out[:, 3] + size)
-    several = parts[out[:, 0]] > 1 if len(out) else np.zeros(0, bool)
-    out[:, 6] = np.where(several, nth + np.repeat(before, cuts), WHOLE)
+    out[:, 6] = np.where(parts[out[:, 0]] > 1, nth + np.repeat(before, cuts), WHOLE)
     return out
 
 

@@ -98,13 +98,21 @@ class Batcher:
         return self._finish_plan(plan)
 
     def _finish_plan(self, plan: StepPlan) -> StepPlan | None:
-        plan.rows.sort(key=lambda row: row.count != 1)
+        if plan.rows and plan.num_decodes < len(plan.rows):
+            plan.rows.sort(key=lambda row: row.count != 1)
         return plan if plan.rows else None
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
-        ready = [s for s in self.running if s.uncomputed > 0 and not self._done(s)]
-        ready.sort(key=lambda s: s.uncomputed > 1)  # next ids before chunks; rank within each
-        for sequence in ready:
+        chunks = []
+        for sequence in self.running:  # next ids before chunks; rank within each
+            uncomputed = sequence.uncomputed
+            if uncomputed <= 0 or self._done(sequence):
+                continue
+            if uncomputed > 1:
+                chunks.append(sequence)
+            elif budget:
+                budget -= self._plan_row(plan, sequence, budget)
+        for sequence in chunks:
             if budget == 0 or (sequence.uncomputed > budget and self._is_sliver(plan, budget)):
                 break
             budget -= self._plan_row(plan, sequence, budget)
@@ -119,23 +127,26 @@ class Batcher:
         return sequence.pending > 0 and sequence.saturated(self.max_model_len)
 
     def _plan_row(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
-        count = min(sequence.uncomputed, budget)
-        start = sequence.computed
-        samples = start + count == sequence.length
-        wants = sequence.wants_prompt_logprobs() and start < sequence.prompt_len
+        uncomputed, start = sequence.uncomputed, sequence.computed
+        count = min(uncomputed, budget)
+        samples = count == uncomputed
+        wants = start < sequence.prompt_len and sequence.wants_prompt_logprobs()
         plan.rows.append(Row(sequence, start, count, samples, sequence.rollbacks, wants))
         sequence.computed += count
         if not sequence.first_scheduled_at:
             sequence.first_scheduled_at = time.monotonic()
-        plan.registered += self._register_full_blocks(sequence, sequence.computed)
+        if self._fills_block(sequence, sequence.computed):
+            plan.registered += self._register_full_blocks(sequence, sequence.computed)
         if samples:
             sequence.pending += 1
         return count
 
+    def _fills_block(self, sequence: Sequence, computed: int) -> bool:
+        """Whether one may be full that is not findable yet."""
+        return self.prefix_cache and computed >= (sequence.registered + 1) * self.block_size
+
     def _register_full_blocks(self, sequence: Sequence, computed: int) -> list[int]:
         """Makes findable the blocks that `computed` tokens fill and whose ids are known; returns the new ones."""
-        if not self.prefix_cache:
-            return []
         registered = []
         for index in range(sequence.registered, min(computed, len(sequence.ids)) // self.block_size):
             block = sequence.blocks[index]
@@ -150,8 +161,9 @@ class Batcher:
 
         Only as far as this step computed: a later one, launched already, may still fail.
         """
-        if row.sequence.state is State.RUNNING:
-            self._register_full_blocks(row.sequence, row.start + row.count)
+        sequence, computed = row.sequence, row.start + row.count
+        if self._fills_block(sequence, computed) and sequence.state is State.RUNNING:
+            self._register_full_blocks(sequence, computed)
 
     # -- blocks
 
@@ -168,7 +180,7 @@ class Batcher:
                     self._preempt(self._victim())
 
     def _lacks_block(self, sequence: Sequence) -> bool:
-        return not self._done(sequence) and self._blocks_for(sequence.length) > len(sequence.blocks)
+        return sequence.length > len(sequence.blocks) * self.block_size and not self._done(sequence)
 
     def _victim(self) -> Sequence:
         """The cheapest running sequence to recompute among the worst priority, never the first in rank.

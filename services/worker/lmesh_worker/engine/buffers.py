@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +19,19 @@ _TORCH = {np.dtype(t): getattr(torch, t) for t in ("int32", "int64", "float32")}
 def words(column: Column, capacity: int | None = None) -> int:
     """Places of 4 bytes that a column takes, or would with `capacity` rows."""
     rows = len(column) if capacity is None else capacity
-    size = rows * int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize // 4
+    size = rows * (column.strides[0] if column.ndim > 1 else column.itemsize) // 4
     return -(-size // _WORDS) * _WORDS
+
+
+Filled = tuple[Column, int | None, int]  # a column, the rows to fill it up to (None: as many as it has), with what
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where columns of one size stand, from the arena's beginning: found once, for steps of that size come often."""
+
+    hosts: list[dict[str, Column]]  # by staging memory
+    words: int
 
 
 class Arena:
@@ -47,6 +59,29 @@ class Arena:
         place = self.write(column, capacity, fill)
         rows = len(column) if capacity is None else capacity
         return self.view(place, (rows, *column.shape[1:]), column.dtype)
+
+    def lay_out(self, columns: Mapping[str, Filled]) -> Layout:
+        """Where `put`, one by one from the beginning, would write these."""
+        hosts: list[dict[str, Column]] = [{} for _ in self._host]
+        place = 0
+        for name, (column, capacity, _) in columns.items():
+            rows = len(column) if capacity is None else capacity
+            shape = (rows, *column.shape[1:])
+            count = int(np.prod(shape, dtype=np.int64)) * column.itemsize // 4
+            for own, host in zip(hosts, self._host, strict=True):
+                own[name] = host[place : place + count].view(column.dtype).reshape(shape)
+            place += words(column, capacity)
+        return Layout(hosts, place)
+
+    def fill(self, layout: Layout, columns: Mapping[str, Filled]) -> None:
+        """As `put` of each, first thing after `begin`, for columns of a layout's size."""
+        own = layout.hosts[self._turn]
+        for name, (column, _, fill) in columns.items():
+            room, count = own[name], len(column)
+            room[:count] = column
+            if count < len(room):
+                room[count:] = fill
+        self._used = layout.words
 
     def write(self, column: Column, capacity: int | None = None, fill: int = 0) -> int:
         """As `put`, without a view; returns the place. ValueError where the arena is full."""

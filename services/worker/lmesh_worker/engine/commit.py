@@ -27,7 +27,7 @@ class Committer:
         sample = 0
         for index, row in enumerate(plan.rows):
             live = row.sequence.state is not State.ENDED and row.rollbacks == row.sequence.rollbacks
-            if live and index in result.prompt_logprobs:
+            if result.prompt_logprobs and live and index in result.prompt_logprobs:
                 _take_scores(row, result.prompt_logprobs[index])
             if not row.samples:
                 continue
@@ -50,7 +50,8 @@ class Committer:
             sequence.ids.append(token_id)
             report.token(sequence, token_id)
             self.generated_tokens += 1
-        self._first_output(sequence, report)
+        if not sequence.first_output_at:
+            self._first_output(sequence, report)
         if scores is not None and sequence.params.max_tokens > 0:
             chosen, ids, values = (t.flatten().tolist() for t in scores)
             k = sequence.params.logprobs
@@ -61,8 +62,6 @@ class Committer:
             self._end(sequence)
 
     def _first_output(self, sequence: Sequence, report: ReportBuilder) -> None:
-        if sequence.first_output_at:
-            return
         report.first_output(sequence)
         self.prompt_tokens += sequence.prompt_len
         if sequence.params.prompt_logprobs >= 0:

@@ -22,7 +22,13 @@ class StepOutputs:
     hidden: Tensor  # [T, hidden]
     logits: Tensor  # [R, vocab]
     ids: Tensor  # [R] int64
-    finite: Tensor  # [R] bool
+    drawn: Tensor  # [9 * R] bytes: the ids, then whether each one's logits were finite
+
+
+def drawn_views(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [R] int64, finite [R] bool) of `StepOutputs.drawn`, which one copy brings to the host."""
+    ids = 8 * (len(drawn) // 9)
+    return drawn[:ids].view(torch.int64), drawn[ids:].view(torch.bool)
 
 
 Compute = Callable[[], StepOutputs]
@@ -41,9 +47,9 @@ def _sampled(
 ) -> StepOutputs:
     count = len(sampling.rows)
     logits = decoder.logits(hidden.index_select(0, sampling.rows), widened=False)
-    ids = torch.empty(count, dtype=torch.int64, device=hidden.device)
-    finite = torch.empty(count, dtype=torch.bool, device=hidden.device)
+    drawn = torch.empty(9 * count, dtype=torch.uint8, device=hidden.device)
+    ids, finite = drawn_views(drawn)
     if count:
         sample_rows(logits, sampling.params, sampling.hints, ids, finite, tables.load(sampling.adjusting))
         last_ids.index_copy_(0, sampling.slots, ids)
-    return StepOutputs(hidden=hidden, logits=logits, ids=ids, finite=finite)
+    return StepOutputs(hidden=hidden, logits=logits, ids=ids, drawn=drawn)

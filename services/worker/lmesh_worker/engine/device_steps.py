@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank
@@ -17,9 +18,9 @@ from lmesh_kernels.platforms.platform import Platform
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmesh_worker.engine.buffers import Arena
+from lmesh_worker.engine.buffers import Arena, Filled
 from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
-from lmesh_worker.engine.graphs import GraphKey, StepGraphs
+from lmesh_worker.engine.graphs import GraphKey, StepGraphs, mode_of
 from lmesh_worker.engine.inputs import (
     PromptScoring,
     Sampling,
@@ -35,7 +36,7 @@ from lmesh_worker.engine.logit_tables import Adjusting, LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
 
-_Told = tuple[NDArray[np.generic], int | None, int]
+_DRAWING = ("temperature", "top_p", "top_k", "floor", "seed", "choice", "position")
 
 
 class DeviceSteps:
@@ -60,17 +61,20 @@ class DeviceSteps:
         self._decoder, self._attention, self._slots, self._tables = decoder, attention, slots, tables
         self._bank, self._block_size, self._shape = bank, block_size, attention.device.shape
         self._takes_prompts = attention.device.takes_prompts
+        # What argmax alone is given: it reads none of it.
+        nothing = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
+        self._unread = SampleParams(**dict.fromkeys(_DRAWING, nothing))
         self._arena = Arena(platform, capacity=_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
         self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
         """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
         self._slots.take_in([row.sequence for row in plan.rows])
-        _neighbours(plan, self._slots)
+        shares = _neighbours(plan, self._slots)
         columns = gather(plan, self._slots, self._block_size)
         whole = self._whole_prompts(columns)
         prompts = _prompts(columns, whole)
-        pieces = self._pieces(columns, whole)
+        pieces = self._pieces(columns, whole, shares=shares)
         told = hints(columns, self._slots)
         self._arena.begin()
         adapted = any(row.sequence.adapter for row in plan.rows)
@@ -87,10 +91,10 @@ class DeviceSteps:
         compute = self._captured(key, columns, pieces, told)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
 
-    def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None) -> Pieces:
-        count = columns.num_decodes
+    def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()
-        if count > 1:
+        if shares:
+            count = columns.num_decodes
             width = -(-int(columns.kv_lens[:count].min()) // self._block_size)
             tables = self._slots.tables[columns.slots[:count], :width]
             groups = shared_prefixes(tables, columns.kv_lens[:count], self._block_size)
@@ -115,7 +119,8 @@ class DeviceSteps:
         adjusting: Adjusting | None,
     ) -> Compute:
         views = {
-            name: self._arena.put(values) for name, (values, _, _) in _columns(columns, pieces, self._slots).items()
+            name: self._arena.put(values)
+            for name, (values, _, _) in _columns(columns, pieces, self._slots, told).items()
         }
         kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         inputs = self._inputs(views, kinds, told, prompts, adapters, adjusting)
@@ -129,11 +134,10 @@ class DeviceSteps:
 
     def _captured(self, key: GraphKey, columns: StepColumns, pieces: Pieces, told: SampleHints) -> Compute:
         assert self.graphs is not None
-        graphs, told_columns = self.graphs, _columns(columns, pieces, self._slots, key)
+        graphs, sent = self.graphs, _columns(columns, pieces, self._slots, told, key)
         captured = graphs.find(key)
         if captured is not None:
-            for values, capacity, fill in told_columns.values():
-                self._arena.write(values, capacity, fill)
+            self._arena.fill(captured.layout, sent)
             changes = self._changes()
 
             def replay() -> StepOutputs:
@@ -142,16 +146,16 @@ class DeviceSteps:
                 return captured.outputs
 
             return replay
-        views = {name: self._arena.put(*told) for name, told in told_columns.items()}
+        views = {name: self._arena.put(*filled) for name, filled in sent.items()}
         kinds = _Kinds(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
-        inputs = self._inputs(views, kinds, told)
+        inputs, layout = self._inputs(views, kinds, told), self._arena.lay_out(sent)
         changes = self._changes()
 
         def compute() -> StepOutputs:
             self._upload(changes)
             outputs = self._compute(inputs)
             if graphs.due(key):
-                graphs.capture(key, lambda: self._compute(inputs))
+                graphs.capture(key, layout, lambda: self._compute(inputs))
             return outputs
 
         return compute
@@ -200,15 +204,7 @@ class DeviceSteps:
             adapters=adapters,
             work=work,
         )
-        params = SampleParams(
-            temperature=views["temperature"],
-            top_p=views["top_p"],
-            top_k=views["top_k"],
-            floor=views["floor"],
-            seed=views["seed"],
-            choice=views["choice"],
-            position=views["sample_positions"],
-        )
+        params = self._unread if not told.any_random else SampleParams(**{n: views[n] for n in _DRAWING})
         sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
         return StepInputs(batch=batch, sampling=sampling)
 
@@ -222,18 +218,17 @@ class _Kinds:
     joined: int
 
 
-def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey | None = None) -> dict[str, _Told]:
-    """All that a step sends: values, the rows to fill up to (as many as there are, without a graph), and with what.
+def _columns(
+    columns: StepColumns, pieces: Pieces, slots: Slots, told: SampleHints, key: GraphKey | None = None
+) -> dict[str, Filled]:
+    """All that a step sends, filled up to the graph's sizes where it has one.
 
     What fills up belongs to the spare slot and its block, and asks for no attention.
     """
     tokens, samples, narrow, wide = (None,) * 4 if key is None else (key.tokens, key.samples, key.narrow, key.wide)
     counts = np.array([len(pieces.narrow), len(pieces.wide)], np.int32)
     of = columns.sample_slots
-    return {
-        "seed": (slots.seed[of], samples, 0),
-        "choice": (slots.choice[of], samples, 0),
-        "sample_positions": (columns.sample_positions, samples, 0),
+    sent: dict[str, Filled] = {
         "counts": (counts, None, 0),
         "narrow": (pieces.narrow, narrow, 0),
         "wide": (pieces.wide, wide, 0),
@@ -245,6 +240,13 @@ def _columns(columns: StepColumns, pieces: Pieces, slots: Slots, key: GraphKey |
         "kv_slots": (columns.kv_slots, tokens, slots.spare_kv_slot),
         "sample_tokens": (columns.sample_tokens, samples, 0),
         "sample_slots": (of, samples, slots.spare),
+    }
+    if mode_of(told) == "greedy":
+        return sent
+    return sent | {
+        "seed": (slots.seed[of], samples, 0),
+        "choice": (slots.choice[of], samples, 0),
+        "position": (columns.sample_positions, samples, 0),
         "temperature": (slots.temperature[of], samples, 0),
         "top_p": (slots.top_p[of], samples, 1),
         "top_k": (slots.top_k[of], samples, 0),
@@ -267,11 +269,17 @@ def _words(max_tokens: int, max_seqs: int, slots: Slots, shape: Shape) -> int:
     return 16 * tokens + 16 * rows + pieces + 2 * slots.tables.size + 4096
 
 
-def _neighbours(plan: StepPlan, slots: Slots) -> None:
-    """Brings decodes that begin with the same block next to each other: they may share the reading of a prefix."""
+def _neighbours(plan: StepPlan, slots: Slots) -> bool:
+    """Brings decodes that begin with the same block next to each other, for they may share the reading of a prefix.
+
+    Returns whether there are any.
+    """
     count = plan.num_decodes
+    if count < 2:
+        return False
     firsts = slots.tables[[row.sequence.slot for row in plan.rows[:count]], 0]
-    if count < 2 or len(np.unique(firsts)) == count:
-        return
+    if len(set(firsts.tolist())) == count:
+        return False
     order = np.argsort(firsts, kind="stable").tolist()
     plan.rows[:count] = [plan.rows[i] for i in order]
+    return True

@@ -19,6 +19,7 @@ import torch
 from lmesh_kernels.ops.attention_work import Pieces, Shape
 from lmesh_kernels.ops.sample_params import SampleHints
 
+from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
 
 # Decodes are filled up by an eighth at most from 8 on. Steps with more tokens than the last size run as they are: what
@@ -90,9 +91,10 @@ def size_above(count: int, sizes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Captured:
-    """A graph and where its results lie."""
+    """A graph, where its columns stand and where its results lie."""
 
     graph: torch.cuda.CUDAGraph
+    layout: Layout
     outputs: StepOutputs
 
 
@@ -140,13 +142,13 @@ class StepGraphs:
         self._seen[key] += 1
         return self._seen[key] > 1 and key not in self._refused
 
-    def capture(self, key: GraphKey, compute: Callable[[], StepOutputs]) -> None:
+    def capture(self, key: GraphKey, layout: Layout, compute: Callable[[], StepOutputs]) -> None:
         """Records what `compute` launches, on the stream that calls; nothing runs.
 
         A size that cannot be recorded is said once, and its steps go on being launched as they are.
         """
         try:
-            captured = self._record(compute)
+            captured = self._record(layout, compute)
         except RuntimeError as error:  # the step itself has run: its results are right
             log.warning("steps of a size stay without a graph: %s", error, extra={"size": str(key)})
             self._refused.add(key)
@@ -156,7 +158,7 @@ class StepGraphs:
         if len(self._captured) > _MOST_GRAPHS:
             self._captured.popitem(last=False)
 
-    def _record(self, compute: Callable[[], StepOutputs]) -> Captured:
+    def _record(self, layout: Layout, compute: Callable[[], StepOutputs]) -> Captured:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -165,4 +167,4 @@ class StepGraphs:
             outputs = compute()
         finally:
             graph.capture_end()
-        return Captured(graph=graph, outputs=outputs)
+        return Captured(graph=graph, layout=layout, outputs=outputs)

@@ -48,6 +48,7 @@ class HostSteps:
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
         """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
+        self._slots.take_in([row.sequence for row in plan.rows])
         columns = gather(plan, self._slots, self._block_size)
         adapters = adapter_rows(plan, columns, _put, self._bank)
         inputs = StepInputs(

@@ -77,12 +77,10 @@ class StepInputs:
 
 
 def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:
-    """The columns of a plan. Writes into `slots` what its sequences changed."""
+    """The columns of a plan whose sequences `slots` has taken in."""
     rows = plan.rows
-    slots.take_in([row.sequence for row in rows])
-    of = np.fromiter((row.sequence.slot for row in rows), np.int32, len(rows))
-    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
-    counts = np.fromiter((row.count for row in rows), np.int32, len(rows))
+    told = [(row.sequence.slot, row.start, row.count, row.samples) for row in rows]
+    of, starts, counts, samples = np.array(told, np.int32).T.copy()
     begins = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(counts, out=begins[1:])
     owners, positions = of, starts
@@ -92,8 +90,11 @@ def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:
         positions = (starts[which] + np.arange(begins[-1]) - begins[which]).astype(np.int32)
     kv_slots = slots.tables[owners, positions // block_size] * block_size + positions % block_size
     ids, token_slots = _ids(rows, begins)
-    samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
-    ends = starts + counts
+    ends, sampling, sample_tokens = starts + counts, of, begins[1:] - 1
+    sampled_ends = ends
+    if not samples.all():
+        chosen = samples.astype(np.bool_)
+        sampling, sample_tokens, sampled_ends = of[chosen], sample_tokens[chosen], ends[chosen]
     return StepColumns(
         ids=ids,
         token_slots=token_slots,
@@ -104,28 +105,30 @@ def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:
         q_lens=counts,
         kv_lens=ends,
         num_decodes=plan.num_decodes,
-        sample_tokens=begins[1:][samples] - 1,
-        sample_slots=of[samples].astype(np.int64),
-        sample_positions=ends[samples].astype(np.int64),
+        sample_tokens=sample_tokens,
+        sample_slots=sampling.astype(np.int64),
+        sample_positions=sampled_ends.astype(np.int64),
     )
 
 
 def _ids(rows: list[Row], begins: Ints) -> tuple[Ints, Ints]:
     """Known ids of the step's tokens (0 where it is still on the device), and the slot that holds the unknown."""
-    ids = np.zeros(begins[-1], np.int32)
-    token_slots = np.full(begins[-1], -1, np.int32)
-    for row, begin in zip(rows, begins.tolist(), strict=False):
-        known = row.sequence.ids
-        end = row.start + row.count
+    ids: list[int] = []
+    unknown: list[tuple[int, int]] = []
+    for row in rows:
+        known, end = row.sequence.ids, row.start + row.count
+        if row.count > 1:
+            ids += known[row.start : end]
+        elif end <= len(known):
+            ids.append(known[row.start])
         if end > len(known):
-            token_slots[begin + row.count - 1] = row.sequence.slot
-        if row.count == 1:
-            if end <= len(known):
-                ids[begin] = known[row.start]
-        else:
-            found = known[row.start : end]
-            ids[begin : begin + len(found)] = found
-    return ids, token_slots
+            unknown.append((len(ids), row.sequence.slot))
+            ids.append(0)
+    token_slots = np.full(begins[-1], -1, np.int32)
+    if unknown:
+        places, owners = np.array(unknown, np.int32).T
+        token_slots[places] = owners
+    return np.array(ids, np.int32), token_slots
 
 
 def batch_on_host(columns: StepColumns, slots: Slots, block_size: int, put: Put, adapters: AdapterRows) -> PagedBatch:

@@ -26,13 +26,14 @@ class ReportBuilder:
         return bool(self._keys)
 
     def _at(self, key: int, position: int) -> int:
-        if key not in self._entry:
-            self._entry[key] = len(self._keys)
+        entry = self._entry.get(key)
+        if entry is None:
+            entry = self._entry[key] = len(self._keys)
             self._keys.append(key)
             self._start_pos.append(position)
             self._ids.append([])
             self._finish.append(Finish.RUNNING)
-        return self._entry[key]
+        return entry
 
     def token(self, sequence: Sequence, token_id: int) -> None:
         """A new id, already appended to the sequence."""

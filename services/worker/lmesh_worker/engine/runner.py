@@ -15,7 +15,7 @@ from lmesh_kernels.ops.logprobs import token_logprobs
 from lmesh_kernels.platforms.platform import Pending, Platform
 from torch import Tensor
 
-from lmesh_worker.engine.compute import Compute, StepOutputs
+from lmesh_worker.engine.compute import Compute, StepOutputs, drawn_views
 from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.host_steps import HostSteps
 from lmesh_worker.engine.inputs import PromptScoring, StepColumns
@@ -84,10 +84,7 @@ class Runner:
                 graphs=graphs,
             )
         self._stream = platform.stream()
-        self._out = [
-            (platform.staging((max_seqs,), torch.int64), platform.staging((max_seqs,), torch.bool))
-            for _ in range(depth + 1)
-        ]
+        self._out = [platform.staging((9 * max_seqs,), torch.uint8) for _ in range(depth + 1)]
         self._launched = 0
 
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
@@ -106,11 +103,11 @@ class Runner:
     def _run(self, columns: StepColumns, scoring: list[PromptScoring], compute: Compute) -> StepResult:
         outputs = compute()
         count = len(columns.sample_slots)
-        ids, finite = self._out[self._launched % len(self._out)]
+        drawn = self._out[self._launched % len(self._out)][: len(outputs.drawn)]
+        ids, finite = drawn_views(drawn)
         result = StepResult(ids[:count], finite[:count])
         if count:
-            result.ids.copy_(outputs.ids[:count], non_blocking=True)
-            result.finite.copy_(outputs.finite[:count], non_blocking=True)
+            drawn.copy_(outputs.drawn, non_blocking=True)
             result.logprobs = self._chosen_logprobs(outputs, columns)
         for wanted in scoring:
             result.prompt_logprobs[wanted.row] = self._score_prompt(outputs.hidden, wanted)

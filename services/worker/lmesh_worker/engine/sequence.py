@@ -33,6 +33,7 @@ class Sequence:
         "hashes",
         "ids",
         "key",
+        "most",
         "order",
         "params",
         "pending",
@@ -59,6 +60,8 @@ class Sequence:
         self.ids = list(start.ids)  # known ids: the prompt, then what was sampled and read back
         self.prompt_len = start.prompt_len
         self.params: Params = start.params
+        # max_tokens 0 only scores the prompt; the id that its last position gives is not reported.
+        self.most = start.prompt_len + max(1, start.params.max_tokens)  # ids at its end, if nothing stops it
         self.stop_ids = frozenset(start.params.stop_token_ids)
         self.priority = start.priority
         self.order = order  # of arrival
@@ -93,12 +96,12 @@ class Sequence:
     @property
     def uncomputed(self) -> int:
         """Tokens to run before the next id can be sampled."""
-        return self.length - self.computed
+        return len(self.ids) + self.pending - self.computed
 
     def saturated(self, max_model_len: int) -> bool:
         """Whether what is launched already reaches the last id that may be sampled."""
-        # max_tokens 0 only scores the prompt; the id that its last position gives is not reported.
-        return self.length - self.prompt_len >= max(1, self.params.max_tokens) or self.length >= max_model_len
+        length = len(self.ids) + self.pending
+        return length >= self.most or length >= max_model_len
 
     def end(self, max_model_len: int) -> Finish | None:
         """How the ids read back end it, STOP or LENGTH; None while another may be sampled."""
