@@ -16,8 +16,11 @@ from lmesh_kernels.ops.device_attention import Scratch, Tile
 from lmesh_kernels.ops.linear_tiles import launch_options
 
 _LOG2_E = 1.4426950408889634
-_JOINED_HEADS = 8  # of one program: most rows of a mixed step have no parts, and programs that find none cost, too
-_JOINED_PARTS = 4
+# Heads of a program that joins, and parts at a time, for few rows and for many: few should spread (8 heads a program
+# cost one sequence of 700 keys 1.5 us more), but most of many rows have no parts, and programs that find none cost, too
+# (one a head: 320 us for 8,200 rows).
+_FEW_JOINED = 64
+_JOIN_FEW, _JOIN_MANY = (1, 8), (8, 4)
 
 
 @triton.jit
@@ -281,7 +284,8 @@ def paged_attention_triton(
             **launch_options(tile.warps, tile.stages, pdl),
         )
     if work.joined:
-        _join[(work.joined, triton.cdiv(heads, _JOINED_HEADS))](
+        own_heads, own_parts = _JOIN_FEW if work.joined <= _FEW_JOINED else _JOIN_MANY
+        _join[(work.joined, triton.cdiv(heads, own_heads))](
             scratch.parts,
             scratch.sums,
             work.parts_first,
@@ -291,9 +295,9 @@ def paged_attention_triton(
             HEADS=heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_H=_JOINED_HEADS,
-            AT_ONCE=_JOINED_PARTS,
+            BLOCK_H=own_heads,
+            AT_ONCE=own_parts,
             PDL=pdl,
-            **launch_options(2, 1, pdl),
+            **launch_options(1 if own_heads == 1 else 2, 1, pdl),
         )
     return out
