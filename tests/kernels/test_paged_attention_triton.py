@@ -133,6 +133,12 @@ def test_interpreted_over_a_shared_prefix() -> None:
     check(case, torch.float32, "cpu")
 
 
+def test_interpreted_pieces_that_end_within_a_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_work, "LEAST_SPLIT", 16)
+    check(Case(BATCHES["mixed"], 4, 2, 64, 16), torch.float32, "cpu")
+    check(Case(([1] * 5, [48, 49, 54, 84, 53]), 4, 2, 64, 16, shared=48), torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("told", [{"softcap": 2.0}, {"window": 9}, {"softcap": 1.0, "window": 40}], ids=str)
 @pytest.mark.parametrize("batch", ["decodes", "mixed"])
 def test_interpreted_softcap_and_window(batch: str, told: dict[str, float]) -> None:
@@ -154,6 +160,11 @@ def test_on_a_device(batch: str, heads: int, kv_heads: int, head_dim: int, block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_device_over_a_shared_prefix(dtype: torch.dtype) -> None:
     check(Case(([1] * 33, [2048 + i for i in range(33)]), 32, 8, 64, 64, shared=2048), dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_on_a_device_over_a_shared_prefix_that_ends_within_a_stretch() -> None:
+    check(Case(([1] * 5, [272 + i for i in range(5)]), 8, 2, 64, 16, shared=272), torch.bfloat16, "cuda")
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ joined by their log-sum-exps. How many programs run does not depend on the list,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -50,6 +50,8 @@ class Pieces:
     wide: Ints
     parts_first: Ints  # [T]
     parts: Ints  # [T]; 0 where a row has no parts but one result
+    counts: Ints  # [2]: of both lists
+    size: int  # keys of a part at most
 
     @property
     def num_parts(self) -> int:
@@ -164,7 +166,7 @@ def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape, *, shared: bool)
     parts = np.zeros(tokens, np.int32)
     size, longest = _split_size(narrow, wide, shape)
     if longest <= size and not shared:
-        return Pieces(narrow=narrow, wide=wide, parts_first=parts, parts=parts)
+        return _listed(narrow, wide, parts, parts, size)
     narrow_cuts, wide_cuts = (np.maximum(1, -(-(p[:, 4] - p[:, 3]) // size)).astype(np.int32) for p in (narrow, wide))
     # Of a row: the parts of the prefix that it shares come first, those of its own keys after them.
     before = np.zeros(tokens, np.int32)
@@ -177,7 +179,29 @@ def _split(narrow: Ints, wide: Ints, tokens: int, shape: Shape, *, shared: bool)
     narrow = _cut(narrow, narrow_cuts, own_before, parts, size)
     parts[parts == 1] = 0
     parts_first = (np.cumsum(parts) - parts).astype(np.int32)
-    return Pieces(narrow=narrow, wide=wide, parts_first=parts_first, parts=parts)
+    return _listed(narrow, wide, parts_first, parts, size)
+
+
+def _listed(narrow: Ints, wide: Ints, parts_first: Ints, parts: Ints, size: int) -> Pieces:
+    counts = np.array([len(narrow), len(wide)], np.int32)
+    return Pieces(narrow=narrow, wide=wide, parts_first=parts_first, parts=parts, counts=counts, size=size)
+
+
+def advance(pieces: Pieces, kv_lens: Ints, shape: Shape) -> Pieces | None:
+    """The pieces of the step after one of decodes alone, every sequence a key longer: now of kv_lens.
+
+    None where they are cut otherwise than before: then `plan_pieces` says how.
+    """
+    if len(pieces.wide):
+        return None
+    total, longest = int(kv_lens.sum()), int(kv_lens.max())
+    if _least_size(total, longest, shape) != pieces.size or ((kv_lens - 1) % pieces.size == 0).any():
+        return None
+    narrow = pieces.narrow.copy()
+    # The last piece of a row, and no other, ends with the row's own key.
+    narrow[:, 4] += narrow[:, 4] > narrow[:, 5]
+    narrow[:, 5] += 1
+    return replace(pieces, narrow=narrow)
 
 
 def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> tuple[int, int]:
@@ -188,11 +212,17 @@ def _split_size(narrow: Ints, wide: Ints, shape: Shape) -> tuple[int, int]:
     longest = int(lengths.max()) if len(lengths) else 1
     if shape.invariant:  # where a row is cut would depend on the others; never is the one rule that needs no room
         return longest, longest
-    even = -(-int(lengths.sum()) * shape.kv_heads // shape.programs)
-    size = max(LEAST_SPLIT, even, -(-longest // MOST_PARTS))
+    size = _least_size(int(lengths.sum()), longest, shape)
     while size < longest and int((rows.astype(np.int64) * -(-lengths // size)).sum()) > shape.most_parts:
         size *= 2
-    return -(-size // LEAST_SPLIT) * LEAST_SPLIT, longest
+    return size, longest
+
+
+def _least_size(keys: int, longest: int, shape: Shape) -> int:
+    """Keys of a part, as far as the room for parts allows."""
+    even = -(-keys * shape.kv_heads // shape.programs)
+    size = max(LEAST_SPLIT, even, -(-longest // MOST_PARTS))
+    return -(-size // LEAST_SPLIT) * LEAST_SPLIT
 
 
 def _cut(pieces: Ints, cuts: Ints, before: Ints, parts: Ints, size: int) -> Ints:
@@ -207,11 +237,10 @@ def _cut(pieces: Ints, cuts: Ints, before: Ints, parts: Ints, size: int) -> Ints
 
 def on_device(pieces: Pieces, put: Callable[[Ints], Tensor]) -> AttentionWork:
     """The lists as the device reads them; `put` gives the tensor that will hold an array."""
-    counts = np.array([len(pieces.narrow), len(pieces.wide)], np.int32)
     return AttentionWork(
         narrow=put(pieces.narrow),
         wide=put(pieces.wide),
-        counts=put(counts),
+        counts=put(pieces.counts),
         parts_first=put(pieces.parts_first),
         parts=put(pieces.parts),
         has_narrow=bool(len(pieces.narrow)),

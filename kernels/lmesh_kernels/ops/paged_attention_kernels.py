@@ -70,7 +70,8 @@ def _stretch(
     else:
         scores = scores * scale
     if MASKED:
-        seen = key[None, :] < limit[:, None]
+        # Both: a piece may end within a stretch, and what is not loaded is no key of score 0.
+        seen = key[None, :] < tl.minimum(limit, stop)[:, None]
         if WINDOW:
             seen = seen & (key[None, :] + window >= limit[:, None])
         scores = tl.where(seen, scores, float("-inf"))
