@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from lmesh_kernels.ops import attention_work, embedding, rms_norm, rope_kv, silu
 from lmesh_kernels.platforms import detect
 from lmesh_kernels.text.resolve import local_files
 from lmesh_worker.engine import device_steps
+from lmesh_worker.engine.buffers import Arena, Layout
+from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.engine import Engine
+from lmesh_worker.engine.graphs import StepGraphs
 from lmesh_worker.engine.slots import Slots
 from lmesh_worker.messages import Params, Start
 
@@ -34,12 +38,12 @@ def engine_of(tiny: Path) -> Engine:
     return Engine(EngineConfig(device="cpu", dtype="float32", model_digest="tiny", **sizes), local_files(tiny))
 
 
-def starts() -> list[Start]:
+def starts(*, more: int = 0) -> list[Start]:
     """Two that share 32 tokens, two of their own of which one is longer than a step, and one that samples."""
     common = [5 * i % 250 for i in range(32)]
     prompts = [[*common, 7, 8], [*common, 9], [3 * i % 250 for i in range(61)], [4, 5, 6]]
-    found = [Start(k, str(k), 0, ids, len(ids), Params(max_tokens=4 + k)) for k, ids in enumerate(prompts)]
-    sampled = Params(max_tokens=5, temperature=0.8, top_p=0.9, seed=3, presence_penalty=0.5)
+    found = [Start(k, str(k), 0, ids, len(ids), Params(max_tokens=4 + k + more)) for k, ids in enumerate(prompts)]
+    sampled = Params(max_tokens=5 + more, temperature=0.8, top_p=0.9, seed=3, presence_penalty=0.5)
     return [*found, Start(9, "9", 0, [11, 12, 13], 3, sampled)]
 
 
@@ -84,4 +88,31 @@ def test_ids_are_those_of_the_cpu_s_own_steps(tiny: Path, monkeypatch: pytest.Mo
     assert engine.generate(starts()) == expected
     assert any(options["groups"] for _, options in planned), "no prefix was shared"
     assert any(pieces.parts.any() for pieces, _ in planned), "no keys were split"
+    assert engine.load().kv_blocks_used == 0
+
+
+class Replayed:
+    """Stands for a graph: computes anew, from wherever the columns stand, what was recorded."""
+
+    def __init__(self, layout: Layout, compute: Callable[[], StepOutputs]) -> None:
+        self.graph, self.layout, self._compute = self, layout, compute
+        self.outputs: StepOutputs | None = None
+
+    def replay(self) -> None:
+        self.outputs = self._compute()
+
+
+def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine_of(tiny).generate(starts(more=12))
+    engine = engine_of(tiny)
+    steps = on_kernels(engine, monkeypatch)
+    steps.graphs = StepGraphs(steps._shape, max_seqs=5)
+    monkeypatch.setattr(steps.graphs, "_record", Replayed)
+    engine.depth, engine._runner._out = 1, [*engine._runner._out, engine._runner._out[0].clone()]
+    followed = []
+    after = steps._after
+    monkeypatch.setattr(steps, "_after", lambda *told: followed.append(after(*told)) or followed[-1])
+    steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)
+    assert engine.generate(starts(more=12)) == expected
+    assert steps.graphs.captures and any(followed), "nothing was replayed, or no step followed another"
     assert engine.load().kv_blocks_used == 0

@@ -10,6 +10,7 @@ from lmesh_kernels.ops.attention_work import (
     WHOLE,
     Pieces,
     Shape,
+    advance,
     plan_pieces,
     shared_prefixes,
 )
@@ -110,3 +111,33 @@ def test_prefixes_that_neighbours_share() -> None:
     ending[1] = blocks * BLOCK
     assert shared_prefixes(tables, ending, BLOCK) == ((3, 5, blocks * BLOCK),)
     assert shared_prefixes(tables[:1], long[:1], BLOCK) == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_key_more_in_each_sequence_is_what_planning_anew_would_say(data: st.DataObject) -> None:
+    shape = shape_of(data.draw(st.sampled_from([1, 64, 4096])), 2, invariant=data.draw(st.booleans()))
+    lens = data.draw(st.lists(st.integers(1, 3000) | st.sampled_from([127, 128, 129, 256]), min_size=1, max_size=12))
+    kv_lens, ones = np.array(lens, np.int32), np.ones(len(lens), np.int32)
+    names = np.arange(len(lens), dtype=np.int32)[::-1].copy()
+    pieces = plan_pieces(ones, kv_lens, shape, names=names)
+    for _ in range(3):
+        kv_lens = kv_lens + 1
+        anew = plan_pieces(ones, kv_lens, shape, names=names)
+        further = advance(pieces, kv_lens, shape)
+        if further is not None:
+            assert further.size == anew.size or not anew.joined
+            for name in ("narrow", "wide", "parts_first", "parts", "counts"):
+                assert np.array_equal(getattr(further, name), getattr(anew, name)), name
+        pieces = anew
+
+
+def test_most_steps_of_decodes_are_one_key_more() -> None:
+    shape, kv_lens, anew = shape_of(1056, 4), np.array([512, 700, 90], np.int32), 0
+    pieces = plan_pieces(np.ones(3, np.int32), kv_lens, shape)
+    for _ in range(256):
+        kv_lens = kv_lens + 1
+        further = advance(pieces, kv_lens, shape)
+        anew += further is None
+        pieces = further or plan_pieces(np.ones(3, np.int32), kv_lens, shape)
+    assert 0 < anew <= 8

@@ -11,10 +11,11 @@ from lmesh_kernels.ops.attention_work import Shape, plan_pieces
 from lmesh_kernels.ops.sample_params import SampleHints
 from lmesh_kernels.platforms import detect
 from lmesh_worker.engine.buffers import Arena, Layout
-from lmesh_worker.engine.device_steps import _columns, _neighbours
+from lmesh_worker.engine.device_steps import _neighbours
 from lmesh_worker.engine.graphs import GraphKey, StepGraphs, size_above
 from lmesh_worker.engine.inputs import gather
 from lmesh_worker.engine.plan import Row, StepPlan
+from lmesh_worker.engine.sent_columns import columns_of
 from lmesh_worker.engine.sequence import Sequence
 from lmesh_worker.engine.slots import Slots
 from lmesh_worker.messages import Params, Start
@@ -110,7 +111,7 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, has_parts=True, mode="greedy")
     arena = Arena(detect("cpu"), capacity=1 << 14, sets=1)
     arena.begin()
-    filled = _columns(columns, pieces, table, SampleHints(), bigger)
+    filled = columns_of(columns, pieces, table, SampleHints(), bigger)
     sent = {name: arena.put(*told) for name, told in filled.items()}
     arena.upload()
     first = {name: column.clone() for name, column in sent.items()}
@@ -123,9 +124,9 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     assert sent["counts"].tolist() == [len(pieces.narrow), 0]
     assert sent["kv_slots"][3:].eq(99 * BLOCK).all() and sent["sample_slots"][3:].eq(table.spare).all()
     assert sent["token_slots"][3:].eq(-1).all() and not sent["parts"][3:].any()
-    plain = _columns(columns, pieces, table, SampleHints())
+    plain = columns_of(columns, pieces, table, SampleHints())
     assert plain.keys() == sent.keys()
-    greedy = _columns(columns, pieces, table, GREEDY)
+    greedy = columns_of(columns, pieces, table, GREEDY)
     assert plain.keys() - greedy.keys() == {"temperature", "top_p", "top_k", "floor", "seed", "choice", "position"}
     assert all(np.array_equal(sent[name].numpy()[: len(values)], values) for name, (values, _, _) in plain.items())
 
@@ -161,6 +162,6 @@ def test_a_size_that_cannot_be_captured_is_said_once(caplog: pytest.LogCaptureFi
     graphs = StepGraphs(SHAPE, max_seqs=6)
     key = graphs.key(3, 3, plan_pieces(np.ones(3, np.int32), np.full(3, 5, np.int32), SHAPE), GREEDY)
     assert key is not None and not graphs.due(key) and graphs.due(key)
-    graphs.capture(key, Layout([], 0), lambda: pytest.fail("nothing is recorded without a graph"))
+    graphs.capture(key, Layout([], 0, []), lambda: pytest.fail("nothing is recorded without a graph"))
     assert (graphs.captures, graphs.find(key), graphs.due(key)) == (0, None, False)
     assert caplog.text.count("stay without a graph") == 1

@@ -128,7 +128,7 @@ class Batcher:
 
     def _plan_row(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         uncomputed, start = sequence.uncomputed, sequence.computed
-        count = min(uncomputed, budget)
+        count = uncomputed if uncomputed <= budget else budget
         samples = count == uncomputed
         wants = start < sequence.prompt_len and sequence.wants_prompt_logprobs()
         plan.rows.append(Row(sequence, start, count, samples, sequence.rollbacks, wants))
@@ -172,7 +172,10 @@ class Batcher:
 
     def _make_room_for_decodes(self) -> None:
         """Gives every running sequence the block of its next token, preempting until they fit."""
+        size = self.block_size
         for sequence in list(self.running):
+            if len(sequence.ids) + sequence.pending <= len(sequence.blocks) * size:
+                continue  # nearly always, so without a call
             while sequence.state is State.RUNNING and self._lacks_block(sequence):
                 if self.pool.num_free:
                     sequence.blocks.append(self.pool.allocate())

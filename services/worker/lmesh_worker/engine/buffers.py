@@ -32,6 +32,7 @@ class Layout:
 
     hosts: list[dict[str, Column]]  # by staging memory
     words: int
+    held: list[dict[str, Column]]  # by staging memory: what stands there, if no other layout was there since
 
 
 class Arena:
@@ -46,6 +47,7 @@ class Arena:
         self._host = [staging.numpy() for staging in self._staging]
         self._device = torch.zeros(capacity, dtype=torch.int32, device=platform.device)
         self.capacity = capacity
+        self._layouts: list[Layout | None] = [None] * sets  # whose columns stand in each staging memory
         self._turn = 0
         self._used = 0
 
@@ -71,16 +73,25 @@ class Arena:
             for own, host in zip(hosts, self._host, strict=True):
                 own[name] = host[place : place + count].view(column.dtype).reshape(shape)
             place += words(column, capacity)
-        return Layout(hosts, place)
+        return Layout(hosts, place, [{} for _ in hosts])
 
     def fill(self, layout: Layout, columns: Mapping[str, Filled]) -> None:
-        """As `put` of each, first thing after `begin`, for columns of a layout's size."""
-        own = layout.hosts[self._turn]
+        """As `put` of each, first thing after `begin`, for columns of a layout's size.
+
+        An array that the layout's last filling of this staging memory wrote is taken to be the same and left there.
+        """
+        own, held = layout.hosts[self._turn], layout.held[self._turn]
+        if self._layouts[self._turn] is not layout:
+            held.clear()
+            self._layouts[self._turn] = layout
         for name, (column, _, fill) in columns.items():
+            if held.get(name) is column:
+                continue
             room, count = own[name], len(column)
             room[:count] = column
             if count < len(room):
                 room[count:] = fill
+            held[name] = column
         self._used = layout.words
 
     def write(self, column: Column, capacity: int | None = None, fill: int = 0) -> int:
@@ -89,6 +100,8 @@ class Arena:
         if place + size > self.capacity:
             raise ValueError(f"a step's columns take more than {self.capacity} words")
         self._used += size
+        if place == 0:
+            self._layouts[self._turn] = None
         host = self._host[self._turn][place : place + size].view(column.dtype)
         flat = column.reshape(-1)
         host[: len(flat)] = flat

@@ -46,13 +46,14 @@ class Committer:
             self._batcher.distrust(sequence)
             self._end(sequence)
             return
-        if sequence.params.max_tokens > 0:
+        wants_ids = sequence.params.max_tokens > 0
+        if wants_ids:
             sequence.ids.append(token_id)
             report.token(sequence, token_id)
             self.generated_tokens += 1
         if not sequence.first_output_at:
             self._first_output(sequence, report)
-        if scores is not None and sequence.params.max_tokens > 0:
+        if scores is not None and wants_ids:
             chosen, ids, values = (t.flatten().tolist() for t in scores)
             k = sequence.params.logprobs
             report.logprobs(sequence, prompt=False, k=k, chosen=chosen, ids=ids, values=values)

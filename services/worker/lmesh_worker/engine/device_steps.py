@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,13 @@ from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
-from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, Pieces, Shape, plan_pieces, shared_prefixes
+from lmesh_kernels.ops.attention_work import (
+    AttentionWork,
+    Pieces,
+    advance,
+    plan_pieces,
+    shared_prefixes,
+)
 from lmesh_kernels.ops.prompt_attention import LEAST, Prompt
 from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
@@ -20,7 +26,7 @@ from torch import Tensor
 
 from lmesh_worker.engine.buffers import Arena, Filled
 from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
-from lmesh_worker.engine.graphs import GraphKey, StepGraphs, mode_of
+from lmesh_worker.engine.graphs import GraphKey, StepGraphs
 from lmesh_worker.engine.inputs import (
     PromptScoring,
     Sampling,
@@ -33,8 +39,10 @@ from lmesh_worker.engine.inputs import (
     sampled,
 )
 from lmesh_worker.engine.logit_tables import Adjusting, LogitTables
-from lmesh_worker.engine.plan import StepPlan
+from lmesh_worker.engine.plan import Row, StepPlan
+from lmesh_worker.engine.sent_columns import columns_of, most_words, moving_columns
 from lmesh_worker.engine.slots import Slots
+from lmesh_worker.engine.steady import Steady, is_steady
 
 _DRAWING = ("temperature", "top_p", "top_k", "floor", "seed", "choice", "position")
 
@@ -64,12 +72,19 @@ class DeviceSteps:
         # What argmax alone is given: it reads none of it.
         nothing = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
         self._unread = SampleParams(**dict.fromkeys(_DRAWING, nothing))
-        self._arena = Arena(platform, capacity=_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
+        self._steady: Steady | None = None
+        self._arena = Arena(platform, capacity=most_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
         self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
         """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
-        self._slots.take_in([row.sequence for row in plan.rows])
+        newcomers = self._slots.take_in([row.sequence for row in plan.rows])
+        if self._steady is not None and not newcomers and self._steady.is_before(plan.rows):
+            self._steady = self._after(self._steady, plan.rows)
+            if self._steady is not None:
+                self._arena.begin()
+                return self._steady.columns, [], self._captured(self._steady.key, self._steady.sent, self._steady.told)
+        self._steady = None
         shares = _neighbours(plan, self._slots)
         columns = gather(plan, self._slots, self._block_size)
         whole = self._whole_prompts(columns)
@@ -88,8 +103,25 @@ class DeviceSteps:
             adjusting = self._tables.build(sampled(plan), put) if adjusts else None
             compute = self._as_it_is(columns, pieces, prompts, told, adapters, adjusting)
             return columns, prompt_scoring(plan, columns, put), compute
-        compute = self._captured(key, columns, pieces, told)
+        sent = columns_of(columns, pieces, self._slots, told, key)
+        if is_steady(columns) and not shares:
+            self._steady = Steady(rows=plan.rows, columns=columns, pieces=pieces, told=told, key=key, sent=sent)
+        compute = self._captured(key, sent, told)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
+
+    def _after(self, before: Steady, rows: list[Row]) -> Steady | None:
+        """The same rows one token further; None where no graph is kept for how their attention is cut now."""
+        assert self.graphs is not None
+        columns = before.advanced(self._slots, self._block_size)
+        pieces, key = advance(before.pieces, columns.kv_lens, self._shape), before.key
+        if pieces is None:
+            pieces = plan_pieces(columns.q_lens, columns.kv_lens, self._shape, names=columns.slots)
+            found = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, before.told)
+            if found is None:
+                return None
+            key = found
+        sent = before.sent | moving_columns(columns, pieces, self._slots, key, drawing=key.mode != "greedy")
+        return replace(before, rows=rows, columns=columns, pieces=pieces, key=key, sent=sent)
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()
@@ -120,7 +152,7 @@ class DeviceSteps:
     ) -> Compute:
         views = {
             name: self._arena.put(values)
-            for name, (values, _, _) in _columns(columns, pieces, self._slots, told).items()
+            for name, (values, _, _) in columns_of(columns, pieces, self._slots, told).items()
         }
         kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         inputs = self._inputs(views, kinds, told, prompts, adapters, adjusting)
@@ -132,9 +164,9 @@ class DeviceSteps:
 
         return compute
 
-    def _captured(self, key: GraphKey, columns: StepColumns, pieces: Pieces, told: SampleHints) -> Compute:
+    def _captured(self, key: GraphKey, sent: dict[str, Filled], told: SampleHints) -> Compute:
         assert self.graphs is not None
-        graphs, sent = self.graphs, _columns(columns, pieces, self._slots, told, key)
+        graphs = self.graphs
         captured = graphs.find(key)
         if captured is not None:
             self._arena.fill(captured.layout, sent)
@@ -218,55 +250,12 @@ class _Kinds:
     joined: int
 
 
-def _columns(
-    columns: StepColumns, pieces: Pieces, slots: Slots, told: SampleHints, key: GraphKey | None = None
-) -> dict[str, Filled]:
-    """All that a step sends, filled up to the graph's sizes where it has one.
-
-    What fills up belongs to the spare slot and its block, and asks for no attention.
-    """
-    tokens, samples, narrow, wide = (None,) * 4 if key is None else (key.tokens, key.samples, key.narrow, key.wide)
-    counts = np.array([len(pieces.narrow), len(pieces.wide)], np.int32)
-    of = columns.sample_slots
-    sent: dict[str, Filled] = {
-        "counts": (counts, None, 0),
-        "narrow": (pieces.narrow, narrow, 0),
-        "wide": (pieces.wide, wide, 0),
-        "parts_first": (pieces.parts_first, tokens, 0),
-        "parts": (pieces.parts, tokens, 0),
-        "ids": (columns.ids, tokens, 0),
-        "token_slots": (columns.token_slots, tokens, -1),
-        "positions": (columns.positions, tokens, 0),
-        "kv_slots": (columns.kv_slots, tokens, slots.spare_kv_slot),
-        "sample_tokens": (columns.sample_tokens, samples, 0),
-        "sample_slots": (of, samples, slots.spare),
-    }
-    if mode_of(told) == "greedy":
-        return sent
-    return sent | {
-        "seed": (slots.seed[of], samples, 0),
-        "choice": (slots.choice[of], samples, 0),
-        "position": (columns.sample_positions, samples, 0),
-        "temperature": (slots.temperature[of], samples, 0),
-        "top_p": (slots.top_p[of], samples, 1),
-        "top_k": (slots.top_k[of], samples, 0),
-        "floor": (slots.floor[of], samples, 0),
-    }
-
-
 def _prompts(columns: StepColumns, whole: NDArray[np.bool_] | None) -> tuple[Prompt, ...]:
     if whole is None:
         return ()
     return tuple(
         Prompt(first=int(columns.begins[i]), length=int(columns.q_lens[i])) for i in np.flatnonzero(whole).tolist()
     )
-
-
-def _words(max_tokens: int, max_seqs: int, slots: Slots, shape: Shape) -> int:
-    """Room for the columns of the largest step, table entries that it changes, adapters' tiles and scored prompts."""
-    tokens, rows = max_tokens + 1024, max_seqs + 1024
-    pieces = 2 * FIELDS * (tokens + shape.programs // shape.kv_heads)
-    return 16 * tokens + 16 * rows + pieces + 2 * slots.tables.size + 4096
 
 
 def _neighbours(plan: StepPlan, slots: Slots) -> bool:

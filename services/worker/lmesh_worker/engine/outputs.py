@@ -8,6 +8,8 @@ from lmesh_worker.engine.sequence import Sequence
 from lmesh_worker.kv_changes import KvChanges
 from lmesh_worker.messages import Finish, Load, Logprobs, SequenceError, StepReport, Timing
 
+_RUNNING = int(Finish.RUNNING)
+
 
 class ReportBuilder:
     """Columns of the report that is being gathered; each sequence has at most one entry."""
@@ -15,7 +17,8 @@ class ReportBuilder:
     def __init__(self) -> None:
         self._keys: list[int] = []
         self._start_pos: list[int] = []
-        self._ids: list[list[int]] = []
+        self._n_new: list[int] = []
+        self._ids: list[int] = []  # entry after entry
         self._finish: list[int] = []
         self._logprobs: list[Logprobs] = []
         self._errors: list[SequenceError] = []
@@ -31,13 +34,18 @@ class ReportBuilder:
             entry = self._entry[key] = len(self._keys)
             self._keys.append(key)
             self._start_pos.append(position)
-            self._ids.append([])
-            self._finish.append(Finish.RUNNING)
+            self._n_new.append(0)
+            self._finish.append(_RUNNING)
         return entry
 
     def token(self, sequence: Sequence, token_id: int) -> None:
         """A new id, already appended to the sequence."""
-        self._ids[self._at(sequence.key, len(sequence.ids) - 1)].append(token_id)
+        entry = self._at(sequence.key, len(sequence.ids) - 1)
+        self._n_new[entry] += 1
+        if entry == len(self._keys) - 1:
+            self._ids.append(token_id)
+        else:
+            self._ids.insert(sum(self._n_new[: entry + 1]) - 1, token_id)
 
     def first_output(self, sequence: Sequence) -> None:
         """Notes the timing of a sequence's first output; called after `token`, where there is one."""
@@ -57,7 +65,7 @@ class ReportBuilder:
 
     def finish(self, key: int, finish: Finish, position: int) -> None:
         """A sequence's end; `position` is where its next id would have gone."""
-        self._finish[self._at(key, position)] = finish
+        self._finish[self._at(key, position)] = int(finish)
 
     def error(self, key: int, reason: str, message: str, position: int) -> None:
         """A sequence's end by an error."""
@@ -70,9 +78,9 @@ class ReportBuilder:
         return StepReport(
             keys=self._keys,
             start_pos=self._start_pos,
-            n_new=[len(ids) for ids in self._ids],
-            ids=[i for ids in self._ids for i in ids],
-            finish=[int(f) for f in self._finish],
+            n_new=self._n_new,
+            ids=self._ids,
+            finish=self._finish,
             load=load,
             weights_version=weights_version,
             step_us=step_us,

@@ -48,19 +48,20 @@ class Slots:
         # The newest id of every slot, so that the next step needs no word from the host.
         self.last_ids = torch.zeros(rows, dtype=torch.int64, device=platform.device)
 
-    def take_in(self, sequences: Rows[Sequence]) -> None:
-        """Brings the columns up to date for sequences that are about to run."""
-        owner, known = self._owner, self._known
+    def take_in(self, sequences: Rows[Sequence]) -> bool:
+        """Brings the columns up to date for sequences that are about to run; whether some were not here before."""
+        owner, known, newcomers = self._owner, self._known, False
         for sequence in sequences:
             slot, blocks = sequence.slot, sequence.blocks
             if owner[slot] != sequence.tenure:
-                owner[slot], known[slot] = sequence.tenure, 0
+                owner[slot], known[slot], newcomers = sequence.tenure, 0, True
                 self._move_in(sequence)
             if known[slot] != len(blocks):
                 first, known[slot] = known[slot], len(blocks)
                 self.tables[slot, first : len(blocks)] = blocks[first:]
                 if self.device_tables is not None:
                     self._changed.append((slot, first, len(blocks)))
+        return newcomers
 
     def _move_in(self, sequence: Sequence) -> None:
         slot, params = sequence.slot, sequence.params
