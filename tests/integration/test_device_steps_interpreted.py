@@ -20,7 +20,9 @@ from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.engine import Engine
 from lmesh_worker.engine.graphs import StepGraphs
+from lmesh_worker.engine.plan import Row
 from lmesh_worker.engine.slots import Slots
+from lmesh_worker.engine.steady import Steady
 from lmesh_worker.messages import Params, Start
 
 from tests.tiny_model import save_tiny_llama
@@ -103,16 +105,22 @@ class Replayed:
 
 
 def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = engine_of(tiny).generate(starts(more=12))
+    alone = starts(more=12)[1:4]  # nobody shares, nobody has penalties
+    expected = engine_of(tiny).generate(alone)
     engine = engine_of(tiny)
     steps = on_kernels(engine, monkeypatch)
     steps.graphs = StepGraphs(steps._shape, max_seqs=5)
     monkeypatch.setattr(steps.graphs, "_record", Replayed)
     engine.depth, engine._runner._out = 1, [*engine._runner._out, engine._runner._out[0].clone()]
-    followed = []
+    followed: list[Steady | None] = []
     after = steps._after
-    monkeypatch.setattr(steps, "_after", lambda *told: followed.append(after(*told)) or followed[-1])
+
+    def noted(before: Steady, rows: list[Row]) -> Steady | None:
+        followed.append(after(before, rows))
+        return followed[-1]
+
+    monkeypatch.setattr(steps, "_after", noted)
     steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)
-    assert engine.generate(starts(more=12)) == expected
-    assert steps.graphs.captures and any(followed), "nothing was replayed, or no step followed another"
+    assert engine.generate(alone) == expected
+    assert steps.graphs.captures > 1 and len(followed) > 8, "nothing was replayed, or no step followed another"
     assert engine.load().kv_blocks_used == 0
