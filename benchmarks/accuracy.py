@@ -1,10 +1,13 @@
 """How right a device's lower precision is: `python benchmarks/accuracy.py --model llama-1b`.
 
 `--model`: a shape with random weights, teacher-forced in the device's dtype beside transformers' own model of the same
-weights. Ids must agree wherever transformers itself is sure of them: where the margin between the two likeliest ids in
-float32 is more than three times what its own run in the dtype moves them by. `sure_share` of positions are so,
-`agreed_share` of those agree. `--path`: perplexity of a text in the dtype and in float32, and how far they are apart.
-The exit status is 1 where ids disagree, too few are sure, or perplexities are more than 0.3 % apart.
+weights, in float32 and in that dtype. What the dtype moves a position's logits by is the root mean square, over the
+vocabulary, of what transformers' own run in it is off. Sure is a position whose two likeliest ids are more than three
+times that apart: `sure_share` of all. Of those `agreed_share` have the id of float32 here, `peer_agreed_share` in
+transformers' own run (the noise of two logits can be three times that of one, so neither is quite 1), and of those
+more than five times apart all must. `error_ratio` is our logits' error over transformers'. `--path`: perplexity of a
+text in the dtype and in float32, and how far they are apart. The exit status is 1 where we are off by more than
+transformers, an id disagrees five times apart, too few are sure, or perplexities are more than 0.3 % apart.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,9 @@ from transformers_peer import twin_of
 
 ROW = 512  # positions of one sequence
 BLOCK = 64
-SURE = 3.0  # margins, in what the dtype moves them by
+SURE, BEYOND_DOUBT = 3.0, 5.0  # margins, in what the dtype moves a logit by
 LEAST_SURE = 0.6
+MOST_ERROR = 1.05  # of transformers'
 MOST_APART = 0.003
 
 
@@ -52,6 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.path is None) != (args.text is None):
         parser.error("--path and --text go together")
+    if args.model and args.dtype == "float32":
+        parser.error("--model is compared with float32: --dtype must be lower")
     platform = detect(args.device)
     dtype = getattr(torch, args.dtype)
     with torch.inference_mode():
@@ -92,18 +99,61 @@ def greedy(shape: str, positions: int, device: torch.device, dtype: torch.dtype)
     draw, vocab = random.Random(0), decoder.config.vocab_size
     row = min(ROW, decoder.config.max_position_embeddings)
     rows = [[draw.randrange(vocab) for _ in range(row)] for _ in range(-(-positions // row))]
-    sure = agreed = 0
+    seen = Agreement()
     for ids, ours in zip(rows, logits_of(decoder, rows), strict=True):
         told = torch.tensor([ids], device=device)
-        exact, rounded = high(told).logits[0].float(), low(told).logits[0].float()
+        seen.take(ours.float(), low(told).logits[0].float(), high(told).logits[0].float())
+    return {"model": shape, **seen.line()}, seen.good
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Counts of positions, and sums of squared errors, ours and transformers'."""
+
+    total: int = 0
+    sure: int = 0
+    agreed: int = 0
+    peer_agreed: int = 0
+    wrong_beyond_doubt: int = 0
+    error: float = 0.0
+    peer_error: float = 0.0
+
+    def take(self, ours: Tensor, peer: Tensor, exact: Tensor) -> None:
+        """Logits [n, vocab] of the same positions, all float32."""
         best = exact.topk(2, dim=-1)
-        moved = (rounded.gather(1, best.indices) - best.values).abs().amax(dim=-1)
-        certain = best.values[:, 0] - best.values[:, 1] > SURE * moved
-        sure += int(certain.sum())
-        agreed += int((ours.argmax(-1) == best.indices[:, 0])[certain].sum())
-    total = len(rows) * row
-    found = {"model": shape, "positions": total, "sure_share": sure / total, "agreed_share": agreed / max(1, sure)}
-    return found, agreed == sure and sure >= LEAST_SURE * total
+        moved = (peer - exact).square().mean(dim=-1).sqrt()
+        margin = (best.values[:, 0] - best.values[:, 1]) / moved
+        right, peer_right = (logits.argmax(-1) == best.indices[:, 0] for logits in (ours, peer))
+        sure = margin > SURE
+        self.total += len(exact)
+        self.sure += int(sure.sum())
+        self.agreed += int((right & sure).sum())
+        self.peer_agreed += int((peer_right & sure).sum())
+        self.wrong_beyond_doubt += int((~right & (margin > BEYOND_DOUBT)).sum())
+        self.error += float((ours - exact).square().mean(dim=-1).sum())
+        self.peer_error += float(moved.square().sum())
+
+    @property
+    def error_ratio(self) -> float:
+        """Our root mean square error over transformers'."""
+        return math.sqrt(self.error / self.peer_error)
+
+    @property
+    def good(self) -> bool:
+        """Whether we are as right as transformers."""
+        return not self.wrong_beyond_doubt and self.error_ratio <= MOST_ERROR and self.sure >= LEAST_SURE * self.total
+
+    def line(self) -> dict[str, float]:
+        """For a JSON line."""
+        sure = max(1, self.sure)
+        return {
+            "positions": self.total,
+            "sure_share": round(self.sure / self.total, 4),
+            "agreed_share": round(self.agreed / sure, 5),
+            "peer_agreed_share": round(self.peer_agreed / sure, 5),
+            "wrong_beyond_doubt": self.wrong_beyond_doubt,
+            "error_ratio": round(self.error_ratio, 4),
+        }
 
 
 def perplexities(

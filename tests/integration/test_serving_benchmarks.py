@@ -87,7 +87,7 @@ def test_how_right_lower_precision_is(tmp_path: Path) -> None:
 
     (found,), _ = lines("accuracy.py", "--model", "tiny", "--positions", "512", "--device", "cpu")
     assert (found["dtype"], found["positions"], found["agreed_share"]) == ("bfloat16", 512, 1.0)
-    assert found["sure_share"] >= 0.6
+    assert found["sure_share"] >= 0.6 and found["wrong_beyond_doubt"] == 0 and 0.5 < found["error_ratio"] <= 1.05
     text = tmp_path / "text"
     text.write_text("what a text says, and says again: " * 20)
     told = ("--path", str(save_tiny_llama(tmp_path / "model")), "--text", str(text), "--device", "cpu")
