@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from lmesh_kernels.layers import attention as attention_layer
@@ -25,6 +26,7 @@ from lmesh_worker.engine.slots import Slots
 from lmesh_worker.engine.steady import Steady
 from lmesh_worker.messages import Params, Start
 
+from tests.random_adapter import adapter_of
 from tests.tiny_model import save_tiny_llama
 
 BLOCK = 16
@@ -37,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(tiny: Path) -> Engine:
     sizes = {"block_size": BLOCK, "kv_blocks": 40, "max_seqs": 5, "max_step_tokens": 48, "max_model_len": 128}
+    sizes["max_adapter_bytes"] = 8 << 20
     return Engine(EngineConfig(device="cpu", dtype="float32", model_digest="tiny", **sizes), local_files(tiny))
 
 
@@ -104,14 +107,13 @@ class Replayed:
         self.outputs = self._compute()
 
 
-def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = starts(more=12)[1:4]  # nobody shares, nobody has penalties
-    expected = engine_of(tiny).generate(alone)
-    engine = engine_of(tiny)
+def replaying(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceSteps, list[Steady | None]]:
+    """An accelerator's steps one ahead, with stand-ins for graphs; and the steps that followed one another."""
     steps = on_kernels(engine, monkeypatch)
     steps.graphs = StepGraphs(steps._shape, max_seqs=5)
     monkeypatch.setattr(steps.graphs, "_record", Replayed)
     engine.depth, engine._runner._out = 1, [*engine._runner._out, engine._runner._out[0].clone()]
+    steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)
     followed: list[Steady | None] = []
     after = steps._after
 
@@ -120,7 +122,39 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.Monkey
         return followed[-1]
 
     monkeypatch.setattr(steps, "_after", noted)
-    steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)
+    return steps, followed
+
+
+def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = starts(more=12)[1:4]  # nobody shares, nobody has penalties
+    expected = engine_of(tiny).generate(alone)
+    engine = engine_of(tiny)
+    steps, followed = replaying(engine, monkeypatch)
     assert engine.generate(alone) == expected
+    assert steps.graphs is not None
     assert steps.graphs.captures > 1 and len(followed) > 8, "nothing was replayed, or no step followed another"
     assert engine.load().kv_blocks_used == 0
+
+
+def test_adapters_ride_in_replayed_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(engine: Engine) -> list[Start]:
+        small, large = adapter_of(engine, 4, 3.0), adapter_of(engine, 40, 1.0)
+        prompts = ([1, 2, 3], [9, 8, 7, 6, 5], [11] * 4, [12] * 6)
+        adapters = (small, large, "", small)
+        return [
+            Start(k, str(k), 0, ids, len(ids), Params(max_tokens=10 + k), adapter=adapter)
+            for k, (ids, adapter) in enumerate(zip(prompts, adapters, strict=True))
+        ]
+
+    engine = engine_of(tiny)
+    starts_on_cpu = told(engine)
+    expected = engine.generate(starts_on_cpu)
+    base = engine.generate([msgspec.structs.replace(start, adapter="") for start in starts_on_cpu])
+    assert all(expected[k] != base[k] for k in (0, 1, 3)) and expected[2] == base[2], "the adapters change nothing"
+    engine = engine_of(tiny)
+    again = told(engine)
+    steps, followed = replaying(engine, monkeypatch)
+    assert engine.generate(again) == expected
+    assert steps.graphs is not None
+    assert any(key.adapters is not None for key in steps.graphs._captured)
+    assert len(followed) > 4, "no step followed another"

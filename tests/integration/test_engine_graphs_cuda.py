@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from lmesh_kernels.text.resolve import local_files
@@ -14,6 +15,7 @@ from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.engine import Engine
 from lmesh_worker.messages import Params, Start
 
+from tests.random_adapter import adapter_of
 from tests.tiny_model import save_tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,8 +27,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(tiny: Path, dtype: str, **told: Any) -> Engine:
-    sizes = {"block_size": 16, "kv_blocks": 2000, "max_seqs": 64, "max_step_tokens": 256, "max_model_len": 256}
-    return Engine(EngineConfig(device="cuda", dtype=dtype, model_digest="tiny", **sizes, **told), local_files(tiny))
+    sizes: dict[str, Any] = {"block_size": 16, "kv_blocks": 2000, "max_seqs": 64, "max_step_tokens": 256}
+    sizes |= {"max_model_len": 256, "max_adapter_bytes": 8 << 20} | told
+    return Engine(EngineConfig(device="cuda", dtype=dtype, model_digest="tiny", **sizes), local_files(tiny))
 
 
 def starts(count: int, *, shared: int = 0, first: int = 0, **sampling: Any) -> list[Start]:
@@ -56,6 +59,24 @@ def test_captured_steps_give_what_launched_ones_do(tiny: Path, shared: int, samp
     assert found[1][0] == found[1][1]
 
 
+def test_adapters_ride_in_captured_steps(tiny: Path) -> None:
+    found = []
+    for eager in (True, False):
+        engine = engine_of(tiny, "float32", enforce_eager=eager)
+        adapters = (adapter_of(engine, 4, 3.0), "", adapter_of(engine, 40, 1.0))
+        told = [msgspec.structs.replace(one, adapter=adapters[one.key % 3]) for one in starts(24)]
+        found.append([engine.generate(told) for _ in range(2)])
+        steps = engine._runner.steps
+        assert isinstance(steps, DeviceSteps)
+        if steps.graphs is not None:
+            assert any(key.adapters is not None for key in steps.graphs._captured)
+        base = engine.generate(starts(24))
+        assert sum(base[key] != found[-1][0][key] for key in base) >= 12, "the adapters change nothing"
+        engine.close()
+    assert found[0] == found[1]
+    assert found[1][0] == found[1][1]
+
+
 def test_a_size_that_came_before_is_not_captured_again(tiny: Path) -> None:
     engine = engine_of(tiny, "float32", prefix_cache=False)
     for _ in range(2):
@@ -69,8 +90,8 @@ def test_a_size_that_came_before_is_not_captured_again(tiny: Path) -> None:
 
 
 def test_a_request_s_ids_do_not_depend_on_its_company(tiny: Path) -> None:
-    engine = engine_of(tiny, "bfloat16", batch_invariant=True)
-    together = engine.generate(starts(64))
+    engine = engine_of(tiny, "bfloat16", batch_invariant=True, max_seqs=256, kv_blocks=4000)
+    together = engine.generate(starts(256))
     for one in starts(8):
         assert engine.generate([one])[one.key] == together[one.key]
     engine.close()

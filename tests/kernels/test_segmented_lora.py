@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lmesh_kernels.ops.low_rank import LowRank, Part
 from lmesh_kernels.ops.segmented_lora import AdapterSegment, ServedProduct, add_adapters_reference_
-from lmesh_kernels.ops.segmented_plan import SegmentPlan, directory_of, plan_segments
+from lmesh_kernels.ops.segmented_plan import SegmentPlan, cut_segments, directory_of
 from torch import Tensor
 
 SHAPES = ((72, (48, 16, 16)), (64, (40,)), (130, (96, 96)))
@@ -52,7 +53,7 @@ class Case:
         mine = [self.products[i] for i in self.rows]
         self.directories = [directory_of({"here": (p.low, p.factors)}, NUMBERS, self.device) for p in mine]
         most = max(p.low.a.shape[0] for p in mine)  # type: ignore[union-attr]
-        return plan_segments(list(self.rows.values()), self.directories, NUMBERS, most, put=put)
+        return cut_segments(list(self.rows.values()), self.directories, most).on_device(NUMBERS, put)
 
     def expected(self, bias: Tensor | None) -> Tensor:
         y = self.y.clone()
@@ -95,9 +96,27 @@ def test_on_a_device_as_the_reference(shape: tuple[int, tuple[int, ...]], tokens
     check(Case(shape, tokens, dtype, "cuda"), 1e-5 if dtype is torch.float32 else 2e-2)
 
 
+def test_room_to_spare_changes_nothing() -> None:
+    case = Case(SHAPES[0], 33, torch.float32, "cpu")
+    expected, plan = case.found("here", case.bias), case.plan()
+
+    def longer(values: Tensor, rows: int) -> Tensor:
+        return torch.cat([values, values.new_zeros(rows, *values.shape[1:])])
+
+    spare = replace(
+        plan,
+        order=longer(plan.order, 7),
+        tiles=longer(plan.tiles, 3),
+        directories=longer(plan.directories, 3),
+        most_ranks=plan.most_ranks + 64,
+    )
+    case.plan = lambda: spare  # type: ignore[method-assign]
+    assert torch.equal(case.found("here", case.bias), expected)
+
+
 def test_tiles_cover_each_row_once() -> None:
     rows = [np.arange(0, 130, 2), np.arange(1, 40, 2)]
-    plan = plan_segments(rows, [torch.zeros(1), torch.zeros(1)], NUMBERS, 8, put=torch.from_numpy)
+    plan = cut_segments(rows, [torch.zeros(1), torch.zeros(1)], 8).on_device(NUMBERS, torch.from_numpy)
     assert plan.height == 64 and plan.num_rows == sum(map(len, rows))
     covered = [
         (adapter, int(row))
@@ -105,5 +124,5 @@ def test_tiles_cover_each_row_once() -> None:
         for row in plan.order[first : first + count]
     ]
     assert covered == [(i, int(row)) for i, own in enumerate(rows) for row in own]
-    small = plan_segments([np.arange(5)], [torch.zeros(1)], NUMBERS, 8, put=torch.from_numpy)
+    small = cut_segments([np.arange(5)], [torch.zeros(1)], 8).on_device(NUMBERS, torch.from_numpy)
     assert (small.height, small.num_tiles) == (16, 1)

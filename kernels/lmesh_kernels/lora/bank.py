@@ -46,11 +46,6 @@ class AdapterBank:
         names = dict.fromkeys(shape.slot for shape in sites(decoder.config).values())
         self.numbers = {name: number for number, name in enumerate(names)}  # products, as directories have them
 
-    @property
-    def on_cuda(self) -> bool:
-        """Whether batches read it by tiles, in the Triton form of `ops.segmented_lora`."""
-        return self._decoder.arena.device.type == "cuda"
-
     def __len__(self) -> int:
         return len(self._residents)
 

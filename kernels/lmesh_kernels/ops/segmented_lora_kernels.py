@@ -45,7 +45,7 @@ def _shrink(
     entry = tl.load(directories + segment).to(tl.pointer_type(tl.int64)) + slot * ENTRY
     ranks = tl.load(entry + 1).to(tl.int32)
     begin = tl.program_id(1) * BLOCK_RANKS
-    if begin < ranks:
+    if (begin < ranks) & (count > 0):
         a = tl.load(entry).to(tl.pointer_type(x.dtype.element_ty))
         place = tl.arange(0, HEIGHT)
         rank = begin + tl.arange(0, BLOCK_RANKS)
@@ -88,7 +88,7 @@ def _expand(
     tile = tiles + tl.program_id(0) * 3
     segment, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     entry = tl.load(directories + segment).to(tl.pointer_type(tl.int64)) + slot * ENTRY
-    if tl.load(entry + 1) > 0:
+    if (tl.load(entry + 1) > 0) & (count > 0):
         place = tl.arange(0, HEIGHT)
         column = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
         row = tl.load(order + first + place, mask=place < count, other=0).to(tl.int64)

@@ -21,14 +21,17 @@ _SMALL, _LARGE = 16, 64  # rows of a tile: one token a sequence, or prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SegmentPlan:
-    """A batch's rows that run with adapters, for all of its products."""
+    """A batch's rows that run with adapters, for all of its products. All of it may be longer than is needed.
+
+    A tile of no rows is nobody's; `order` and `directories` are read as far as tiles say.
+    """
 
     numbers: Mapping[str, int]  # a product's name -> its row in each directory
     order: Tensor  # [num_rows] int32: the rows, those of one adapter together
     tiles: Tensor  # [num_tiles, 3] int32: adapter, first place in `order`, rows
     directories: Tensor  # [adapters] int64: addresses
     height: int  # most rows of a tile
-    most_ranks: int  # of any product of any of these adapters
+    most_ranks: int  # of any product of any of these adapters, or more
 
     @property
     def num_rows(self) -> int:
@@ -58,25 +61,39 @@ def directory_of(
     return torch.from_numpy(table).to(device)
 
 
-def plan_segments(
-    rows: Sequence[np.ndarray],
-    directories: Sequence[Tensor],
-    numbers: Mapping[str, int],
-    most_ranks: int,
-    *,
-    put: Callable[[np.ndarray], Tensor],
-) -> SegmentPlan:
-    """Cuts each adapter's rows into tiles; `rows[i]` are those of `directories[i]`. `put` copies to the device."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SegmentTables:
+    """The same on the host."""
+
+    order: np.ndarray
+    tiles: np.ndarray
+    directories: np.ndarray
+    height: int
+    most_ranks: int
+
+    def on_device(self, numbers: Mapping[str, int], put: Callable[[np.ndarray], Tensor]) -> SegmentPlan:
+        """`put` copies to the device."""
+        return SegmentPlan(
+            numbers=numbers,
+            order=put(self.order),
+            tiles=put(self.tiles),
+            directories=put(self.directories),
+            height=self.height,
+            most_ranks=self.most_ranks,
+        )
+
+
+def cut_segments(rows: Sequence[np.ndarray], directories: Sequence[Tensor], most_ranks: int) -> SegmentTables:
+    """Cuts each adapter's rows into tiles; `rows[i]` are those of `directories[i]`."""
     height = _SMALL if max(len(own) for own in rows) <= _SMALL else _LARGE
     tiles, first = [], 0
     for adapter, own in enumerate(rows):
         tiles += [(adapter, first + at, min(height, len(own) - at)) for at in range(0, len(own), height)]
         first += len(own)
-    return SegmentPlan(
-        numbers=numbers,
-        order=put(np.concatenate(rows).astype(np.int32)),
-        tiles=put(np.asarray(tiles, dtype=np.int32)),
-        directories=put(np.asarray([directory.data_ptr() for directory in directories], dtype=np.int64)),
+    return SegmentTables(
+        order=np.concatenate(rows).astype(np.int32),
+        tiles=np.asarray(tiles, dtype=np.int32),
+        directories=np.asarray([directory.data_ptr() for directory in directories], dtype=np.int64),
         height=height,
         most_ranks=most_ranks,
     )

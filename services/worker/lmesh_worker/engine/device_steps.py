@@ -20,19 +20,20 @@ from lmesh_kernels.ops.attention_work import (
 from lmesh_kernels.ops.prompt_attention import LEAST, Prompt
 from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
+from lmesh_kernels.ops.segmented_plan import SegmentPlan, SegmentTables
 from lmesh_kernels.platforms.platform import Platform
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lmesh_worker.engine.buffers import Arena, Filled
 from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
-from lmesh_worker.engine.graphs import GraphKey, StepGraphs
+from lmesh_worker.engine.graphs import AdapterRoom, GraphKey, StepGraphs
 from lmesh_worker.engine.inputs import (
     PromptScoring,
     Sampling,
     StepColumns,
     StepInputs,
-    adapter_rows,
+    adapter_tables,
     gather,
     hints,
     prompt_scoring,
@@ -92,18 +93,17 @@ class DeviceSteps:
         pieces = self._pieces(columns, whole, shares=shares)
         told = hints(columns, self._slots)
         self._arena.begin()
-        adapted = any(row.sequence.adapter for row in plan.rows)
+        tables = adapter_tables(plan, columns, self._bank)
         adjusts = bool(self._slots.adjusts[columns.sample_slots].any())
         key = None
-        if self.graphs is not None and not (adapted or adjusts or prompts):
-            key = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told)
+        # With adapters only decodes: a chunk among them has tiles of any number.
+        if not (adjusts or prompts) and (tables is None or columns.num_decodes == len(columns.slots)):
+            key = self._key(columns, pieces, told, None if tables is None else AdapterRoom.of(tables))
         if key is None:
-            put = self._arena.put
-            adapters = adapter_rows(plan, columns, put, self._bank) if adapted else NO_ADAPTERS
-            adjusting = self._tables.build(sampled(plan), put) if adjusts else None
-            compute = self._as_it_is(columns, pieces, prompts, told, adapters, adjusting)
-            return columns, prompt_scoring(plan, columns, put), compute
-        sent = columns_of(columns, pieces, self._slots, told, key)
+            adjusting = self._tables.build(sampled(plan), self._arena.put) if adjusts else None
+            compute = self._as_it_is(columns, pieces, prompts, told, tables, adjusting)
+            return columns, prompt_scoring(plan, columns, self._arena.put), compute
+        sent = columns_of(columns, pieces, self._slots, told, key, tables)
         if is_steady(columns) and not shares:
             self._steady = Steady(rows=plan.rows, columns=columns, pieces=pieces, told=told, key=key, sent=sent)
         compute = self._captured(key, sent, told)
@@ -111,17 +111,23 @@ class DeviceSteps:
 
     def _after(self, before: Steady, rows: list[Row]) -> Steady | None:
         """The same rows one token further; None where no graph is kept for how their attention is cut now."""
-        assert self.graphs is not None
         columns = before.advanced(self._slots, self._block_size)
         pieces, key = advance(before.pieces, columns.kv_lens, self._shape), before.key
         if pieces is None:
             pieces = plan_pieces(columns.q_lens, columns.kv_lens, self._shape, names=columns.slots)
-            found = self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, before.told)
+            found = self._key(columns, pieces, before.told, key.adapters)
             if found is None:
                 return None
             key = found
         sent = before.sent | moving_columns(columns, pieces, self._slots, key, drawing=key.mode != "greedy")
         return replace(before, rows=rows, columns=columns, pieces=pieces, key=key, sent=sent)
+
+    def _key(
+        self, columns: StepColumns, pieces: Pieces, told: SampleHints, adapters: AdapterRoom | None
+    ) -> GraphKey | None:
+        if self.graphs is None:
+            return None
+        return self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told, adapters)
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()
@@ -147,15 +153,14 @@ class DeviceSteps:
         pieces: Pieces,
         prompts: tuple[Prompt, ...],
         told: SampleHints,
-        adapters: AdapterRows,
+        tables: SegmentTables | None,
         adjusting: Adjusting | None,
     ) -> Compute:
-        views = {
-            name: self._arena.put(values)
-            for name, (values, _, _) in columns_of(columns, pieces, self._slots, told).items()
-        }
+        sent = columns_of(columns, pieces, self._slots, told, tables=tables)
+        views = {name: self._arena.put(values) for name, (values, _, _) in sent.items()}
         kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
-        inputs = self._inputs(views, kinds, told, prompts, adapters, adjusting)
+        room = None if tables is None else AdapterRoom.of(tables)
+        inputs = self._inputs(views, kinds, told, room, prompts, adjusting)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -180,7 +185,7 @@ class DeviceSteps:
             return replay
         views = {name: self._arena.put(*filled) for name, filled in sent.items()}
         kinds = _Kinds(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
-        inputs, layout = self._inputs(views, kinds, told), self._arena.lay_out(sent)
+        inputs, layout = self._inputs(views, kinds, told, key.adapters), self._arena.lay_out(sent)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -211,8 +216,8 @@ class DeviceSteps:
         views: dict[str, Tensor],
         kinds: _Kinds,
         told: SampleHints,
+        room: AdapterRoom | None,
         prompts: tuple[Prompt, ...] = (),
-        adapters: AdapterRows = NO_ADAPTERS,
         adjusting: Adjusting | None = None,
     ) -> StepInputs:
         assert self._slots.device_tables is not None
@@ -233,12 +238,23 @@ class DeviceSteps:
             kv_slots=views["kv_slots"],
             block_tables=self._slots.device_tables,
             pending=PendingIds(views["token_slots"], self._slots.last_ids),
-            adapters=adapters,
+            adapters=NO_ADAPTERS if room is None else self._adapters(views, room),
             work=work,
         )
         params = self._unread if not told.any_random else SampleParams(**{n: views[n] for n in _DRAWING})
         sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
         return StepInputs(batch=batch, sampling=sampling)
+
+    def _adapters(self, views: dict[str, Tensor], room: AdapterRoom) -> AdapterRows:
+        plan = SegmentPlan(
+            numbers=self._bank.numbers,
+            order=views["adapter_order"],
+            tiles=views["adapter_tiles"],
+            directories=views["adapter_directories"],
+            height=room.height,
+            most_ranks=room.ranks,
+        )
+        return AdapterRows(plan=plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,12 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lmesh_kernels.ops.attention_work import Pieces, Shape
 from lmesh_kernels.ops.sample_params import SampleHints
+from lmesh_kernels.ops.segmented_plan import SegmentTables
 
 from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
@@ -70,6 +71,20 @@ def mode_of(hints: SampleHints) -> Mode:
     return "truncated" if hints.any_truncation else "random"
 
 
+class AdapterRoom(NamedTuple):
+    """Room for what adapters of a step's rows need, in powers of two."""
+
+    tiles: int
+    ranks: int  # of one product
+    height: int  # of a tile
+
+    @classmethod
+    def of(cls, tables: SegmentTables) -> AdapterRoom:
+        """That such tables fit into."""
+        tiles, ranks = (1 << (count - 1).bit_length() for count in (len(tables.tiles), max(32, tables.most_ranks)))
+        return cls(tiles, ranks, tables.height)
+
+
 @dataclass(frozen=True, slots=True)
 class GraphKey:
     """One captured graph."""
@@ -81,6 +96,7 @@ class GraphKey:
     has_wide: bool
     has_parts: bool
     mode: Mode
+    adapters: AdapterRoom | None = None
 
 
 def size_above(count: int, sizes: Sequence[int]) -> int | None:
@@ -111,7 +127,9 @@ class StepGraphs:
         self._pool: Any = None
         self.captures = 0
 
-    def key(self, tokens: int, samples: int, pieces: Pieces, hints: SampleHints) -> GraphKey | None:
+    def key(
+        self, tokens: int, samples: int, pieces: Pieces, hints: SampleHints, adapters: AdapterRoom | None = None
+    ) -> GraphKey | None:
         """The graph for such a step; None where none is kept of its size."""
         size, rows = size_above(tokens, self._tokens), size_above(max(1, samples), self._rows)
         if size is None or rows is None:
@@ -128,6 +146,7 @@ class StepGraphs:
             has_wide=bool(len(pieces.wide)),
             has_parts=pieces.joined > 0,
             mode=mode_of(hints),
+            adapters=adapters,
         )
 
     def find(self, key: GraphKey) -> Captured | None:

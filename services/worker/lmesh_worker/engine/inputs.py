@@ -11,7 +11,7 @@ from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank, Resident
 from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
 from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows, AdapterSegment
-from lmesh_kernels.ops.segmented_plan import SegmentPlan, plan_segments
+from lmesh_kernels.ops.segmented_plan import SegmentTables, cut_segments
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -193,7 +193,27 @@ def prompt_scoring(plan: StepPlan, columns: StepColumns, put: Put) -> list[Promp
 
 
 def adapter_rows(plan: StepPlan, columns: StepColumns, put: Put, bank: AdapterBank) -> AdapterRows:
-    """The step's tokens by adapter. LookupError for one that is not held."""
+    """The step's tokens by adapter, in the form of the reference. LookupError for one that is not held."""
+    pieces = _pieces_by_adapter(plan, columns)
+    residents = [_resident(bank, digest) for digest in pieces]
+    return (
+        AdapterRows(segments=tuple(map(_segment, residents, pieces.values(), repeat(put)))) if pieces else NO_ADAPTERS
+    )
+
+
+def adapter_tables(plan: StepPlan, columns: StepColumns, bank: AdapterBank) -> SegmentTables | None:
+    """The same in the Triton form, still on the host; None where no row has one."""
+    pieces = _pieces_by_adapter(plan, columns)
+    if not pieces:
+        return None
+    residents = [_resident(bank, digest) for digest in pieces]
+    directories = [resident.directory for resident in residents]
+    most = max(resident.most_ranks for resident in residents)
+    return cut_segments([_indices(own) for own in pieces.values()], directories, most)
+
+
+def _pieces_by_adapter(plan: StepPlan, columns: StepColumns) -> dict[str, list[tuple[int, int]]]:
+    """Stretches of the step's tokens, by the digest of the adapter that they run with."""
     pieces: dict[str, list[tuple[int, int]]] = {}
     begins = columns.begins.tolist()
     for index, row in enumerate(plan.rows):
@@ -204,12 +224,7 @@ def adapter_rows(plan: StepPlan, columns: StepColumns, put: Put, bank: AdapterBa
             own[-1] = (own[-1][0], end)
         else:
             own.append((begin, end))
-    if not pieces:
-        return NO_ADAPTERS
-    residents = [_resident(bank, digest) for digest in pieces]
-    if bank.on_cuda:
-        return AdapterRows(plan=_tiles(residents, [_indices(own) for own in pieces.values()], put, bank))
-    return AdapterRows(segments=tuple(map(_segment, residents, pieces.values(), repeat(put))))
+    return pieces
 
 
 def _resident(bank: AdapterBank, digest: str) -> Resident:
@@ -228,9 +243,3 @@ def _segment(resident: Resident, pieces: list[tuple[int, int]], put: Put) -> Ada
     if len(pieces) == 1:
         return AdapterSegment(rows=slice(*pieces[0]), products=resident.products)
     return AdapterSegment(rows=put(_indices(pieces)), products=resident.products)
-
-
-def _tiles(residents: list[Resident], rows: list[Longs], put: Put, bank: AdapterBank) -> SegmentPlan:
-    directories = [resident.directory for resident in residents]
-    most = max(resident.most_ranks for resident in residents)
-    return plan_segments(rows, directories, bank.numbers, most, put=put)

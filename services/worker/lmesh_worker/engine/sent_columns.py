@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmesh_kernels.ops.attention_work import FIELDS, Pieces, Shape
 from lmesh_kernels.ops.sample_params import SampleHints
+from lmesh_kernels.ops.segmented_plan import SegmentTables
 
 from lmesh_worker.engine.buffers import Filled
 from lmesh_worker.engine.graphs import GraphKey, mode_of
@@ -12,7 +13,12 @@ from lmesh_worker.engine.slots import Slots
 
 
 def columns_of(
-    columns: StepColumns, pieces: Pieces, slots: Slots, told: SampleHints, key: GraphKey | None = None
+    columns: StepColumns,
+    pieces: Pieces,
+    slots: Slots,
+    told: SampleHints,
+    key: GraphKey | None = None,
+    tables: SegmentTables | None = None,
 ) -> dict[str, Filled]:
     """All that a step sends, filled up to the graph's sizes where it has one.
 
@@ -27,6 +33,11 @@ def columns_of(
         "sample_tokens": (columns.sample_tokens, samples, 0),
         "sample_slots": (of, samples, slots.spare),
     }
+    if tables is not None:
+        room = None if key is None or key.adapters is None else key.adapters.tiles
+        sent["adapter_order"] = (tables.order, tokens, 0)
+        sent["adapter_tiles"] = (tables.tiles, room, 0)
+        sent["adapter_directories"] = (tables.directories, room, 0)
     if not drawing:  # argmax reads nothing of the rest
         return sent
     return sent | {
