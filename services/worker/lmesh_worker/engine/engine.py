@@ -99,8 +99,10 @@ class Engine:
         self._gauges_changed = False
         self._arrivals = 0
         self._steps = 0
-        # First-time work that is still to do, by what asks for it.
-        self.cold = deque((Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9)))
+        # First-time work that is still to do, by what asks for it: how ids are drawn, in decodes or prompts.
+        drawn = (Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9))
+        kinds = (False,) if self.platform.device.type == "cpu" else (False, True)
+        self.cold = deque((params, decodes) for params in drawn for decodes in kinds)
         self._reported_at, self._reported_steps = 0.0, 0
 
     # -- commands
@@ -245,8 +247,8 @@ class Engine:
     def warm_up(self) -> None:
         """Runs a few tokens, so that the first request does not pay for first-time work of the libraries.
 
-        On an accelerator only greedily: compiling what draws at random takes longer than all else, and `warm_next` does
-        it when nothing waits for it.
+        On an accelerator only a greedy prompt: compiling decodes and what draws at random takes longer than all else,
+        and `warm_next` does it when nothing waits for it.
         """
         self.warm_next()
         if self.platform.device.type == "cpu":
@@ -255,13 +257,16 @@ class Engine:
 
     def warm_next(self) -> None:
         """Does the next piece of first-time work."""
-        params = self.cold.popleft()
+        params, decodes = self.cold.popleft()
         count = min(4, self.plan.block_size, self.plan.max_model_len)
         # Past the batcher and the pool: the block is nobody's, and no counter moves.
         sequence = Sequence(Start(-1, "warm-up", 0, [0] * count, count, params), b"", 0)
         sequence.blocks, sequence.slot = [self.kv.num_blocks - 1], 0
         sequence.tenure = -2 - len(self.cold)  # like no other's, so that its parameters are read
-        self._runner.launch(StepPlan([Row(sequence, 0, count, True, 0)])).result()
+        # A step that comes twice is captured.
+        rows = [Row(sequence, count - 1, 1, True, 0)] * 2 if decodes else [Row(sequence, 0, count, True, 0)]
+        for row in rows:
+            self._runner.launch(StepPlan([row])).result()
 
     def close(self) -> None:
         """Waits for launched work and gives the device back."""
