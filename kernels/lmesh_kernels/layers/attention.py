@@ -56,15 +56,13 @@ class PagedAttention:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         """Write all of the step's K and V of this layer, then attend: sequences may read each other's new blocks.
 
-        qkv [T, (heads + 2 * kv_heads) * head_dim], rotation [T, head_dim]; returns [T, heads * head_dim]. `ahead` is as
-        `rope_kv` has it.
+        qkv [T, (heads + 2 * kv_heads) * head_dim], rotation [T, head_dim]; returns [T, heads * head_dim].
         """
         keys, values = self.kv.layer(layer)
-        q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps, ahead=ahead)
+        q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
         if self.device is not None and self._work is not None:
             own = qkv.view(len(qkv), -1, q.shape[-1])[:, q.shape[1] :].chunk(2, dim=1)
             return self.device.attend(
@@ -94,7 +92,6 @@ class SelfAttention(nn.Module):
         self.out = Linear(config.q_size, config.hidden_size, bias=config.output_bias)
         self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else None
         self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else None
-        self.ahead: Tensor | None = None  # the weights from `out`'s on, as far as they come near while attention runs
 
     def after_norm(
         self,
@@ -115,6 +112,5 @@ class SelfAttention(nn.Module):
             q_norm=self.q_norm.weight if self.q_norm is not None else None,
             k_norm=self.k_norm.weight if self.k_norm is not None else None,
             eps=self.eps,
-            ahead=self.ahead,
         )
         return self.out.forward(attended, batch.adapters), total

@@ -16,9 +16,6 @@ from lmesh_kernels.ops.embedding import embed, embed_pending, vocabulary_logits
 from lmesh_kernels.ops.linear import pack
 from lmesh_kernels.ops.rope import rope_table
 
-# Bytes that a device can bring near in the time that attention of one row takes, in which its memory is idle else.
-_AHEAD = 16 << 20
-
 
 class Vocabulary(nn.Module):
     """A vocabulary matrix [vocab, hidden]."""
@@ -74,20 +71,10 @@ class Decoder(nn.Module):
                 if quantisation == "nf4":
                     module.quantise(dtype, device)
         self.arena = lay_out(self, dtype, device)
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.ahead = self._from(module.out.weight)
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("rotations", table.to(device), persistent=False)
         self._packed_head: Tensor | None = None
         self._batch_invariant = False
-
-    def _from(self, weight: Tensor | None) -> Tensor | None:
-        """The arena from a weight on, `_AHEAD` bytes of it; None for a quantised one, which is not there."""
-        if weight is None or self.arena.device.type == "meta":
-            return None
-        begin = weight.storage_offset()
-        return self.arena[begin : begin + _AHEAD // self.arena.element_size()]
 
     def pack(self) -> None:
         """Copies the weights of all products into the fastest layout of their device; they must be loaded.

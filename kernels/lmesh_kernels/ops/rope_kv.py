@@ -19,7 +19,6 @@ def rope_kv(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Write this step's K and V into the cache and return the rotated queries.
 
@@ -27,13 +26,12 @@ def rope_kv(
     kv_slots [T] int64 (int32 will do on accelerators), all different;
     keys, values [blocks, block_size, kv_heads, head_dim], written in place;
     q_norm, k_norm [head_dim]: weights of the norm taken over each head before the rotation, or None.
-    `ahead` is what launches after attention read first: some devices are asked to bring it near meanwhile.
     Returns q [T, heads, head_dim].
     """
     if takes_triton(qkv):
         from lmesh_kernels.ops.rope_kv_kernels import rope_kv_triton
 
-        return rope_kv_triton(qkv, rotation, kv_slots, keys, values, q_norm, k_norm, eps, ahead)
+        return rope_kv_triton(qkv, rotation, kv_slots, keys, values, q_norm, k_norm, eps)
     return rope_kv_reference(qkv, rotation, kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
 

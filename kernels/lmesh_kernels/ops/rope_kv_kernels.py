@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lmesh_kernels.ops.linear_tiles import launch_options, takes_pdl
 
-_CHUNK, _CHUNKS = 4096, 64  # bytes that a thread asks for at once, and of a program's threads
 _HEADS = 8  # a program's heads: enough numbers for its threads, few enough that one token fills many programs
 
 
@@ -26,23 +25,6 @@ def _normed(first, second, weight, half, inside, eps, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _fetch(ahead, size, program, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Asks for `size` bytes from `ahead` to come near, this program's share of them; waits for nothing."""
-    at = (program * CHUNKS + tl.arange(0, CHUNKS)).to(tl.int64) * CHUNK
-    # The last chunks of the last program ask for the last one again.
-    at = ahead.to(tl.int64) + tl.minimum(at, size - CHUNK)
-    length = tl.full((CHUNKS,), CHUNK, dtype=tl.int32)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at, length],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _rope_kv(
     qkv,
     rotation,
@@ -53,8 +35,6 @@ def _rope_kv(
     k_norm,
     eps,
     qkv_stride,
-    ahead,
-    ahead_size,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -62,22 +42,12 @@ def _rope_kv(
     HEAD_BLOCK: tl.constexpr,
     NORMED: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ) -> None:
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    group = tl.program_id(1)
-    if AHEAD:
-        groups = tl.cdiv(HEADS + 2 * KV_HEADS, HEAD_BLOCK)
-        if group >= groups:
-            _fetch(ahead, ahead_size, group - groups, CHUNK, CHUNKS)
-            return
-    if PDL:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
-    head = group * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     half = tl.arange(0, HALF_BLOCK)
     narrow = half < HEAD_DIM // 2
     mine = (head < HEADS + 2 * KV_HEADS)[:, None] & narrow[None, :]
@@ -116,7 +86,6 @@ def rope_kv_triton(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """As `rope_kv.rope_kv`; q and k are rotated in place of qkv's own, whose rows have elements of stride 1."""
     kv_heads, head_dim = keys.shape[-2:]
@@ -125,12 +94,7 @@ def rope_kv_triton(
         raise ValueError("q and k heads are normed both or not at all")
     pdl = takes_pdl(qkv.device)
     if qkv.shape[0]:
-        groups = triton.cdiv(heads + 2 * kv_heads, _HEADS)
-        # Overlapping launches and fetches in bulk came with the same generation of devices.
-        size = ahead.numel() * ahead.element_size() if ahead is not None and pdl and len(qkv) == 1 else 0
-        size -= size % _CHUNK
-        fetchers = triton.cdiv(size, _CHUNK * _CHUNKS)
-        _rope_kv[(qkv.shape[0], groups + fetchers)](
+        _rope_kv[(qkv.shape[0], triton.cdiv(heads + 2 * kv_heads, _HEADS))](
             qkv,
             rotation,
             kv_slots,
@@ -140,8 +104,6 @@ def rope_kv_triton(
             qkv if k_norm is None else k_norm,
             eps,
             qkv.stride(0),
-            qkv if ahead is None else ahead,
-            size,
             HEADS=heads,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
@@ -149,9 +111,6 @@ def rope_kv_triton(
             HEAD_BLOCK=_HEADS,
             NORMED=q_norm is not None,
             PDL=pdl,
-            AHEAD=size > 0,
-            CHUNK=_CHUNK,
-            CHUNKS=_CHUNKS,
             **launch_options(2, 3, pdl),
         )
     return qkv[:, : heads * head_dim].view(qkv.shape[0], heads, head_dim)
