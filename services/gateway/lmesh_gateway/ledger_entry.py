@@ -81,6 +81,11 @@ class LedgerEntry:
         return self.standing is Standing.KEPT and self.kept_version == self.version
 
     @property
+    def awaited(self) -> bool:
+        """Somebody waits until it is written: a client for its ids, or for the word that it ended."""
+        return self.plan.sync or bool(self._end)
+
+    @property
     def waiting_bytes(self) -> int:
         """What is still to be written, about."""
         ids = sum(len(choice.ids) for choice in self._choices) - sum(self._kept)
