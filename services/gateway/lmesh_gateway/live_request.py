@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lmesh_chassis.errors import ServiceError
 
@@ -27,6 +27,7 @@ from lmesh_gateway.live_choice import LiveChoice
 from lmesh_gateway.metrics import DETACHED, REPLACED, RequestMetrics
 from lmesh_gateway.outbox import ClientOutbox
 from lmesh_gateway.placement import Leg, Outcome, Report, RequestEvent, SchedulerPort
+from lmesh_gateway.pace import Pace
 from lmesh_gateway.plan import Plan
 from lmesh_gateway.running_leg import RunningLeg, WorkerPort
 from lmesh_gateway.slots import SequenceOutput, SequenceTiming
@@ -49,6 +50,7 @@ class Parts:
     workers: WorkerPort
     ledger: Ledger
     on_closed: Callable[[LiveRequest], None]
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class LiveRequest:
             LiveChoice(plan, i) if claimed is None else LiveChoice(plan, i, claimed.ids[i], claimed.ends[i])
             for i in range(plan.n)
         ]
-        self._delivery = Delivery(plan, self._choices)
+        self._delivery = Delivery(plan, self._choices, parts.pace)
         self._entry: LedgerEntry | None = None
         self._events: list[RequestEvent] = []
         self._cached_tokens: int | None = None
