@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Protocol
@@ -61,7 +61,7 @@ class LedgerEntry:
         written: bool = False,
     ) -> None:
         self.plan, self.keeper, self.epoch = plan, keeper, epoch
-        self.nonce = nonce or uuid.uuid4().hex
+        self.nonce = nonce or secrets.token_hex(16)
         self.standing = Standing.KEPT
         self.version = 0  # of what is to be written
         self.kept_version = 0
