@@ -26,8 +26,8 @@ from lmesh_gateway.ledger_record import FailedEnd
 from lmesh_gateway.live_choice import LiveChoice
 from lmesh_gateway.metrics import DETACHED, REPLACED, RequestMetrics
 from lmesh_gateway.outbox import ClientOutbox
-from lmesh_gateway.placement import Leg, Outcome, Report, RequestEvent, SchedulerPort
 from lmesh_gateway.pace import Pace
+from lmesh_gateway.placement import Leg, Outcome, Report, RequestEvent, SchedulerPort
 from lmesh_gateway.plan import Plan
 from lmesh_gateway.running_leg import RunningLeg, WorkerPort
 from lmesh_gateway.slots import SequenceOutput, SequenceTiming

@@ -44,7 +44,8 @@ class _Waiting:
 class ClientOutbox:
     """Filled by the links' readers, which never wait; emptied by the client, however slowly, and at its `pace`.
 
-    The first output, and the end with all before it, never wait. A slow client costs memory for at most the request's own output: `n` times `max_tokens` ids.
+    The first output, and the end with all before it, never wait. A slow client costs memory for at most the request's
+    own output: `n` times `max_tokens` ids.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmesh.worker.v1 import run_pb2_grpc
-from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis import lifecycle, tls
+from lmesh_chassis import metrics as chassis_metrics
 from lmesh_chassis.artifacts.store import FolderStore
 from lmesh_chassis.channel import connect
 from lmesh_chassis.lifecycle import Shutdown
