@@ -187,10 +187,11 @@ class DispatchLink:
     def _on_message(self, message: dispatch_pb2.DispatchResponse) -> None:
         if message.HasField("catalog"):
             self._on_catalog([_model(entry) for entry in message.catalog.entries])
-        for queued in message.queued:
-            self._session.on_queued(queued.request_id)
+        # Placed first: what has a worker starts before clients are told that it was admitted.
         for placed in message.placed:
             self._session.on_placed(placed.request_id, _leg(placed.legs[0]))
+        for queued in message.queued:
+            self._session.on_queued(queued.request_id)
         for revoked in message.revoked:
             self._session.on_revoked(revoked.request_id, revoked.lease, revoked.reason, revoked.requeued)
         for expired in message.expired:

@@ -185,7 +185,6 @@ class LiveRequest:
             self._given_lease = leg.lease
         if self.ended or self._given_away:
             return
-        self.on_admitted()
         self._drop_leg()
         self.span.event("placed")
         if self._placed_before:
@@ -193,6 +192,7 @@ class LiveRequest:
         self._placed_before = True
         self._running = RunningLeg(leg, self)
         self._running.start(self.plan, self._choices, self._parts.workers)
+        self.on_admitted()  # after the start, which is then written before the client is told
 
     def on_requeued(self) -> None:
         """Its placement was taken back; the next one follows."""
