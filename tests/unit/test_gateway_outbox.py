@@ -10,7 +10,7 @@ from lmesh_gateway.choice import Piece
 from lmesh_gateway.errors import CancelledError
 from lmesh_gateway.generation import Accepted, Delta, Event, Finish, Usage
 from lmesh_gateway.outbox import ClientOutbox
-from lmesh_gateway.pace import STREAM_S, Pace
+from lmesh_gateway.pace import LONGEST_S, STREAM_S, Pace
 
 ACCEPTED = Accepted(request_id="r", model=cast(Any, None), prompt_ids=(1,), seed=0, created=0.0)
 FINISH = Finish(choices=(), usage=Usage(prompt_tokens=1, completion_tokens=3, cached_tokens=0))
@@ -41,10 +41,14 @@ class Client:
         return [tuple(event.token_ids) for event in self.events if isinstance(event, Delta)]
 
 
-def crowded(interval_s: float) -> Pace:
-    pace = Pace()
-    pace.streams = round(interval_s / STREAM_S)
-    return pace
+class Crowded(Pace):
+    """As if so many were read that each has to wait for so long."""
+
+    interval_s = 0.0
+
+    def __init__(self, interval_s: float) -> None:
+        super().__init__()
+        self.interval_s = interval_s
 
 
 async def test_a_lone_client_gets_each_id_as_it_comes() -> None:
@@ -61,7 +65,7 @@ async def test_a_lone_client_gets_each_id_as_it_comes() -> None:
 
 
 async def test_in_a_crowd_the_first_comes_at_once_and_the_rest_together() -> None:
-    client = Client(crowded(0.5))
+    client = Client(Crowded(0.5))
     client.outbox.accept(ACCEPTED)
     client.add(97)
     await client.until(2)
@@ -77,7 +81,7 @@ async def test_in_a_crowd_the_first_comes_at_once_and_the_rest_together() -> Non
 
 @pytest.mark.parametrize("last", [FINISH, CancelledError("gone")])
 async def test_the_end_waits_for_nothing(last: Finish | CancelledError) -> None:
-    client = Client(crowded(3600.0))
+    client = Client(Crowded(3600.0))
     client.outbox.accept(ACCEPTED)
     client.add(97)
     await client.until(2)
@@ -89,11 +93,18 @@ async def test_the_end_waits_for_nothing(last: Finish | CancelledError) -> None:
     assert result is last if isinstance(last, CancelledError) else client.events[-1] is last
 
 
+def _many() -> Pace:
+    pace = Pace()
+    pace.streams = 100_000
+    return pace
+
+
 async def test_a_pace_counts_who_reads() -> None:
     pace = Pace()
     clients = [Client(pace) for _ in range(3)]
     await asyncio.sleep(0)
     assert pace.interval_s == pytest.approx(3 * STREAM_S)
+    assert _many().interval_s == LONGEST_S
     clients[0].task.cancel()
     clients[1].outbox.close(FINISH)
     await asyncio.gather(*(client.task for client in clients[:2]), return_exceptions=True)
