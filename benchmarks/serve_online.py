@@ -7,7 +7,8 @@ well.
 
 ttft_ms     to the first token, as the client sees it; mesh_ttft_ms (of one stream) is what is left of it without the
             engine's own time, from its taking of the request to its first output.
-itl_ms      between one message with tokens and the next; token_ms a request's mean a token after the first.
+itl_ms      between one message with tokens and the next, of which a busy gateway puts several into one; token_ms a
+            request's mean a token after the first.
 goodput     requests a second that kept `--goal-ttft-ms` and `--goal-token-ms`.
 """
 

@@ -161,8 +161,9 @@ class ScriptedWorker(run_pb2_grpc.RunServiceServicer):
         steps, cursor = self._steps.setdefault(hello.gateway_id, []), hello.resume_after_step_seq
         while True:
             await self.changes.until(lambda after=cursor: len(steps) > after, 60.0)
-            cursor += 1
-            await context.write(rp.RunResponse(outputs=steps[cursor - 1]))
+            due = steps[cursor:] if hello.takes_later else steps[cursor : cursor + 1]
+            cursor += len(due)
+            await context.write(rp.RunResponse(outputs=due[0], later=due[1:]))
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,15 @@ class Gateway:
     def __init__(self, call: Any) -> None:
         self.call = call
         self.step_seqs: list[int] = []
+        self.messages = 0
         self.received: dict[tuple[int, int], Received] = defaultdict(Received)
 
-    async def attach(self, epoch: str, gateway_id: str = "g", resume_after: int = 0) -> run_pb2.WorkerRunHello:
-        hello = run_pb2.RunHello(gateway_id=gateway_id, epoch=epoch, resume_after_step_seq=resume_after)
+    async def attach(
+        self, epoch: str, gateway_id: str = "g", resume_after: int = 0, *, takes_later: bool = False
+    ) -> run_pb2.WorkerRunHello:
+        hello = run_pb2.RunHello(
+            gateway_id=gateway_id, epoch=epoch, resume_after_step_seq=resume_after, takes_later=takes_later
+        )
         await self.call.write(run_pb2.RunRequest(hello=hello))
         response = await self.call.read()
         if response is grpc.aio.EOF:
@@ -114,14 +119,15 @@ class Gateway:
         await self.call.write(run_pb2.RunRequest(acked_step_seq=step_seq))
 
     async def read(self) -> run_pb2.StepOutputs | None:
-        """One step, taken in; None at the stream's end."""
+        """One message's steps, taken in; the last of them, or None at the stream's end."""
         async with asyncio.timeout(30):
             response = await self.call.read()
         if response is grpc.aio.EOF:
             return None
-        outputs = response.outputs
-        self.step_seqs.append(outputs.step_seq)
-        self._take(outputs)
+        self.messages += 1
+        for outputs in (response.outputs, *response.later):
+            self.step_seqs.append(outputs.step_seq)
+            self._take(outputs)
         return outputs
 
     def _take(self, outputs: run_pb2.StepOutputs) -> None:

@@ -163,6 +163,28 @@ async def test_what_was_written_is_read_back(ledgers: tuple[Ledger, Ledger]) -> 
     assert abs(restored.deadline_at - entry.plan.deadline_at) < 5 and restored.cache_salt == "salt"
 
 
+async def test_what_nobody_waits_for_is_gathered(
+    ledgers: tuple[Ledger, Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmesh_gateway.ledger._GATHER_S", 3600.0)
+    one, other = ledgers
+    entry, choices, owner = begun(one, sync=False)
+    choices[0].ids += [7]
+    entry.grown()
+    await asyncio.sleep(0.1)
+    assert owner.kept == 0 and await other.read("r") is None
+    await one.settled("r")  # a Resume waits
+    assert (await read(other)).ids == [[7], []]
+    choices[0].ids += [8]
+    entry.grown()
+    await owner.until(entry.ended(USAGE))  # a client waits for its Finish
+    assert (await read(other)).ids == [[7, 8], []]
+    waiting, ids, heard = begun(one, request_id="s", sync=True)
+    ids[0].ids += [9]
+    await heard.until(waiting.grown())  # a client waits for its ids
+    assert (await read(other, "s")).ids == [[9], []]
+
+
 async def test_keys_expire(ledgers: tuple[Ledger, Ledger], server: RedisServer) -> None:
     entry, choices, owner = begun(ledgers[0])
     choices[0].ids += [1]

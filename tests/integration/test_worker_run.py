@@ -105,6 +105,21 @@ async def test_a_broken_stream_resumes_without_a_gap() -> None:
     assert first.received[1, 101].ids[:8] + second.received[1, 101].ids == [(4 + i) % 1000 for i in range(400)]
 
 
+@pytest.mark.parametrize("takes_later", [True, False])
+async def test_what_gathered_comes_together_to_a_gateway_that_takes_it_so(takes_later: bool) -> None:
+    async with running_worker() as running:
+        first = await running.attached()
+        await first.start(start(1, max_tokens=400))
+        await first.read_until_finished((1, 101))
+        first.call.cancel()
+        second = running.gateway()
+        await second.attach(running.epoch, resume_after=8, takes_later=takes_later)  # 392 steps wait for it
+        await second.read_until_finished((1, 101))
+    assert second.step_seqs == list(range(9, 401))
+    assert second.received[1, 101].ids == first.received[1, 101].ids[8:]
+    assert second.messages == (1 if takes_later else 392)
+
+
 async def test_a_gateway_that_does_not_come_back_loses_its_sequences() -> None:
     async with running_worker(run_grace_s=0.05) as running:
         gone, other = await running.attached("gone"), await running.attached("other")

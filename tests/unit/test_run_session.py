@@ -47,10 +47,13 @@ async def replay(actions: list[tuple[str, int]]) -> None:
                 pushed += 1
                 assert session.push(step(pushed))
         elif action == "read":
+            size = step(1).nbytes
             for _ in range(min(value, pushed - cursor)):
-                got = await session.next_step(stream)
-                cursor += 1
-                assert (got.step_seq, got.ids) == (cursor, [cursor])
+                if cursor == pushed:
+                    break
+                for got in await session.next_steps(stream, (value - 1) * size):
+                    cursor += 1
+                    assert (got.step_seq, got.ids) == (cursor, [cursor])
         elif action == "ack":
             acked = max(acked, min(value, cursor))
             session.acknowledge(min(value, cursor))
@@ -65,11 +68,22 @@ async def replay(actions: list[tuple[str, int]]) -> None:
 
 async def test_a_waiting_stream_wakes_with_the_next_step() -> None:
     session = Session("g", max_unacked_steps=10, max_unacked_bytes=2**20)
-    waiting = asyncio.create_task(session.next_step(session.attach(0)))
+    waiting = asyncio.create_task(session.next_steps(session.attach(0), 1000))
     await asyncio.sleep(0)
     assert not waiting.done()
     session.push(step(5))
-    assert (await waiting).ids == [5]
+    assert [taken.ids for taken in await waiting] == [[5]]
+
+
+@pytest.mark.parametrize(("most_bytes", "taken"), [(0, [1, 1, 1]), (2 * step(1).nbytes, [2, 1]), (2**20, [3])])
+async def test_what_gathers_is_taken_together_up_to_a_bound(most_bytes: int, taken: list[int]) -> None:
+    session = Session("g", max_unacked_steps=10, max_unacked_bytes=2**20)
+    stream = session.attach(0)
+    for token in (1, 2, 3):
+        session.push(step(token))
+    batches = [await session.next_steps(stream, most_bytes) for _ in taken]
+    assert [len(batch) for batch in batches] == taken
+    assert [taken.ids for batch in batches for taken in batch] == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize(("steps", "size", "fits"), [(10, 1, True), (11, 1, False), (4, 100, True), (5, 100, False)])

@@ -34,11 +34,18 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, around: Around) -> None:
         self._around = around
+        self._wrapped: dict[int, tuple[Handler, Handler]] = {}  # by the handler's id, which is held with it
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler:
         """Wraps the handler; an unknown method stays None and is refused by gRPC."""
         handler = await continuation(details)
-        return None if handler is None else _wrap(handler, details.method, self._around)
+        if handler is None:
+            return None
+        known = self._wrapped.get(id(handler))
+        if known is None:
+            # gRPC asks for each call and has one handler a method.
+            known = self._wrapped[id(handler)] = handler, _wrap(handler, details.method, self._around)
+        return known[1]
 
 
 def standard_interceptors(domain: str) -> list[grpc.aio.ServerInterceptor]:

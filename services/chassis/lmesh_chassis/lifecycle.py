@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -43,6 +44,18 @@ def run(main: Callable[[Shutdown], Awaitable[int | None]]) -> int:
     die_with_parent()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_supervised(main))
+
+
+def settle() -> None:
+    """For a service that has just become ready: what lives now lives as long as the process.
+
+    The collector need not look at it again and again: a full collection of a gateway's modules and tokenizers stopped
+    all its streams for 40 to 80 ms, now and then.
+    """
+    if gc.get_freeze_count():
+        return  # ready again: what runs meanwhile is not for life
+    gc.collect()
+    gc.freeze()
 
 
 async def _supervised(main: Callable[[Shutdown], Awaitable[int | None]]) -> int:

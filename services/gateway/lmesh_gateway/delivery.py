@@ -17,6 +17,7 @@ from lmesh_gateway.ledger_entry import LedgerEntry, Standing
 from lmesh_gateway.live_choice import LiveChoice
 from lmesh_gateway.logprobs import LogprobColumns
 from lmesh_gateway.outbox import ClientOutbox
+from lmesh_gateway.pace import Pace
 from lmesh_gateway.plan import Plan
 from lmesh_gateway.replay import check_cursor, rest_of
 
@@ -37,8 +38,8 @@ class _Held:
 class Delivery:
     """Clients come and go, one at a time: the later one has it."""
 
-    def __init__(self, plan: Plan, choices: Sequence[LiveChoice]) -> None:
-        self._plan, self._choices = plan, choices
+    def __init__(self, plan: Plan, choices: Sequence[LiveChoice], pace: Pace) -> None:
+        self._plan, self._choices, self._pace = plan, choices, pace
         self._shown = [len(choice.ids) for choice in choices]
         self._held: deque[_Held] = deque()
         self._outbox: ClientOutbox | None = None
@@ -62,7 +63,11 @@ class Delivery:
         plan = self._plan
         check_cursor(plan.request_id, cursor, self._shown)
         outbox = ClientOutbox(
-            plan.model.tokenizer, prompt_ids=plan.prompt_ids, n=plan.n, with_logprobs=plan.params.logprobs >= 0
+            plan.model.tokenizer,
+            self._pace,
+            prompt_ids=plan.prompt_ids,
+            n=plan.n,
+            with_logprobs=plan.params.logprobs >= 0,
         )
         for choice, shown in zip(self._choices, self._shown, strict=True):
             held = any(held.choice is choice for held in self._held)

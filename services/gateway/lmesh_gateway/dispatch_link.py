@@ -31,6 +31,9 @@ from lmesh_gateway.plan import Plan
 
 _CALL_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 2.0
+# Nobody waits to hear that a request has started: it goes along with what is said next, and is not in the way of the
+# first token.
+_STARTED_S = 0.02
 
 
 class DispatchLink:
@@ -54,6 +57,7 @@ class DispatchLink:
         self._on_catalog = on_catalog
         self._session = DispatchSession()
         self._grace: asyncio.TimerHandle | None = None
+        self._wake_later: asyncio.TimerHandle | None = None
         self._channel = connect(address, domain=DOMAIN, retries=False, tls=tls)
         self._stub = dispatch_pb2_grpc.DispatchServiceStub(self._channel)
         self._link: Link[dispatch_pb2.DispatchRequest, dispatch_pb2.DispatchResponse] = Link(
@@ -83,8 +87,9 @@ class DispatchLink:
             await asyncio.wait({self._task}, timeout=_CLOSE_TIMEOUT_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._grace is not None:
-            self._grace.cancel()
+        for timer in (self._grace, self._wake_later):
+            if timer is not None:
+                timer.cancel()
         await self._channel.close()
 
     def submit(self, plan: Plan, listener: PlacementListener) -> None:
@@ -116,6 +121,11 @@ class DispatchLink:
     def started(self, request_id: str, lease: int) -> None:
         """The first output of a request has come."""
         self._session.started(request_id, lease)
+        if self._wake_later is None:
+            self._wake_later = asyncio.get_running_loop().call_later(_STARTED_S, self._wake_now)
+
+    def _wake_now(self) -> None:
+        self._wake_later = None
         self._link.wake()
 
     def leg_lost(self, request_id: str, lease: int, reason: str) -> None:
@@ -177,10 +187,11 @@ class DispatchLink:
     def _on_message(self, message: dispatch_pb2.DispatchResponse) -> None:
         if message.HasField("catalog"):
             self._on_catalog([_model(entry) for entry in message.catalog.entries])
-        for queued in message.queued:
-            self._session.on_queued(queued.request_id)
+        # Placed first: what has a worker starts before clients are told that it was admitted.
         for placed in message.placed:
             self._session.on_placed(placed.request_id, _leg(placed.legs[0]))
+        for queued in message.queued:
+            self._session.on_queued(queued.request_id)
         for revoked in message.revoked:
             self._session.on_revoked(revoked.request_id, revoked.lease, revoked.reason, revoked.requeued)
         for expired in message.expired:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh.training.v1 import training_pb2_grpc
-from lmesh_chassis import metrics, tls
+from lmesh_chassis import lifecycle, metrics, tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from lmesh_kernels.text.sandbox import TemplateSandbox
@@ -196,6 +196,7 @@ class Gateway:
                 was_ready = self.ready
                 self._grpc.set_all_serving(was_ready)
                 if was_ready:
+                    lifecycle.settle()
                     grpc_port, http_port = self.ports
                     _log.info("ready", extra={"grpc_port": grpc_port, "http_port": http_port})
                 else:

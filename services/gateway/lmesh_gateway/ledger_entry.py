@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Protocol
@@ -61,7 +61,7 @@ class LedgerEntry:
         written: bool = False,
     ) -> None:
         self.plan, self.keeper, self.epoch = plan, keeper, epoch
-        self.nonce = nonce or uuid.uuid4().hex
+        self.nonce = nonce or secrets.token_hex(16)
         self.standing = Standing.KEPT
         self.version = 0  # of what is to be written
         self.kept_version = 0
@@ -79,6 +79,11 @@ class LedgerEntry:
     def kept(self) -> bool:
         """The ledger has it, as far as it has come."""
         return self.standing is Standing.KEPT and self.kept_version == self.version
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits until it is written: a client for its ids, or for the word that it ended."""
+        return self.plan.sync or bool(self._end)
 
     @property
     def waiting_bytes(self) -> int:

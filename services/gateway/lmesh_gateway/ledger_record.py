@@ -7,7 +7,7 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lmesh_chassis.errors import InternalError, ServiceError
@@ -140,7 +140,7 @@ def plan_text(plan: Plan) -> str:
             "base": plan.model.base,
             "adapter": plan.model.adapter,
             "digest": plan.model.digest,
-            "params": asdict(plan.params),
+            "params": _fields(plan.params),
             "stop": plan.stop,
             "keep_special_tokens": plan.keep_special_tokens,
             "deadline": plan.deadline_at - time.monotonic() + time.time(),
@@ -156,7 +156,12 @@ def plan_text(plan: Plan) -> str:
 
 def end_text(end: Usage | FailedEnd | ChoiceEnd) -> str:
     """An end as the record holds it."""
-    return json.dumps(asdict(end))
+    return json.dumps(_fields(end))
+
+
+def _fields(of: SequenceParams | Usage | FailedEnd | ChoiceEnd) -> dict[str, Any]:
+    """By name, none of which holds others in turn: an `asdict` copies as deep as there might be, and takes 13 us."""
+    return {field.name: getattr(of, field.name) for field in fields(of)}
 
 
 def parse(request_id: str, fields: Mapping[bytes, bytes], ids: Sequence[bytes | None]) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lmesh_chassis.errors import ServiceError
 
@@ -26,6 +26,7 @@ from lmesh_gateway.ledger_record import FailedEnd
 from lmesh_gateway.live_choice import LiveChoice
 from lmesh_gateway.metrics import DETACHED, REPLACED, RequestMetrics
 from lmesh_gateway.outbox import ClientOutbox
+from lmesh_gateway.pace import Pace
 from lmesh_gateway.placement import Leg, Outcome, Report, RequestEvent, SchedulerPort
 from lmesh_gateway.plan import Plan
 from lmesh_gateway.running_leg import RunningLeg, WorkerPort
@@ -49,6 +50,7 @@ class Parts:
     workers: WorkerPort
     ledger: Ledger
     on_closed: Callable[[LiveRequest], None]
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class LiveRequest:
             LiveChoice(plan, i) if claimed is None else LiveChoice(plan, i, claimed.ids[i], claimed.ends[i])
             for i in range(plan.n)
         ]
-        self._delivery = Delivery(plan, self._choices)
+        self._delivery = Delivery(plan, self._choices, parts.pace)
         self._entry: LedgerEntry | None = None
         self._events: list[RequestEvent] = []
         self._cached_tokens: int | None = None
@@ -183,7 +185,6 @@ class LiveRequest:
             self._given_lease = leg.lease
         if self.ended or self._given_away:
             return
-        self.on_admitted()
         self._drop_leg()
         self.span.event("placed")
         if self._placed_before:
@@ -191,6 +192,7 @@ class LiveRequest:
         self._placed_before = True
         self._running = RunningLeg(leg, self)
         self._running.start(self.plan, self._choices, self._parts.workers)
+        self.on_admitted()  # after the start, which is then written before the client is told
 
     def on_requeued(self) -> None:
         """Its placement was taken back; the next one follows."""

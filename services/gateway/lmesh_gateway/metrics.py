@@ -42,6 +42,7 @@ class RequestMetrics:
         self._model = ""
         self._began = time.monotonic()
         self._last: dict[int, float] = {}
+        self._inter_token: Histogram | None = None  # of the model: looked up once, not for each token
 
     def named(self, model: str) -> None:
         """The base model, known to exist: a label is neither what a client made up nor a tenant's adapter's name, for
@@ -53,12 +54,13 @@ class RequestMetrics:
         if not count:
             return
         now = time.monotonic()
-        if not self._last:
+        if self._inter_token is None:
             TTFT.labels(self._model).observe(now - self._began)
+            self._inter_token = INTER_TOKEN.labels(self._model)
         before, self._last[choice] = self._last.get(choice), now
         if before is not None:
             for _ in range(count):
-                INTER_TOKEN.labels(self._model).observe((now - before) / count)
+                self._inter_token.observe((now - before) / count)
 
     def finished(self, reasons: list[str], prompt_tokens: int, completion_tokens: int) -> None:
         """All choices are complete, for these reasons."""

@@ -13,6 +13,7 @@ from lmesh_kernels.text.tokenizer import TextTokenizer
 from lmesh_gateway.choice import Piece
 from lmesh_gateway.generation import Accepted, ChoiceEnd, Delta, Event, Finish, TokenLogprobs
 from lmesh_gateway.logprobs import LogprobColumns
+from lmesh_gateway.pace import Pace
 
 # Rows of log-probabilities beyond this are made in a thread: the event loop is everybody's.
 _MANY_ENTRIES = 4000
@@ -41,13 +42,17 @@ class _Waiting:
 
 
 class ClientOutbox:
-    """Filled by the links' readers, which never wait; emptied by the client, however slowly.
+    """Filled by the links' readers, which never wait; emptied by the client, however slowly, and at its `pace`.
 
-    A slow client costs memory for at most the request's own output: `n` times `max_tokens` ids.
+    The first output, and the end with all before it, never wait. A slow client costs memory for at most the request's
+    own output: `n` times `max_tokens` ids.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, prompt_ids: tuple[int, ...], n: int, with_logprobs: bool) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, pace: Pace, *, prompt_ids: tuple[int, ...], n: int, with_logprobs: bool
+    ) -> None:
         self._tokenizer = tokenizer
+        self._pace = pace
         self._prompt_ids = prompt_ids
         self._with_logprobs = with_logprobs
         self._waiting = [_Waiting() for _ in range(n)]
@@ -57,6 +62,9 @@ class ClientOutbox:
         self._prompt_logprobs: LogprobColumns | None = None
         self._last: Finish | ServiceError | None = None
         self._filled = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0  # by the loop's time: output that comes before waits until then
+        self._timer: asyncio.TimerHandle | None = None
 
     def accept(self, accepted: Accepted) -> None:
         """The first event."""
@@ -72,7 +80,10 @@ class ClientOutbox:
         self._waiting[choice].add(choice, piece)
         self._prompt_logprobs = prompt_logprobs or self._prompt_logprobs
         self._ready.add(choice)
-        self._filled.set()
+        if self._loop.time() >= self._due:
+            self._filled.set()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._filled.set)
 
     def close(self, last: Finish | ServiceError) -> None:
         """Nothing follows; what waits is still delivered, then `last` is yielded or raised."""
@@ -82,24 +93,37 @@ class ClientOutbox:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """All events, for one reader."""
-        while True:
-            await self._filled.wait()
-            self._filled.clear()
-            if self._accepted is not None:
-                accepted, self._accepted = self._accepted, None
-                yield accepted
-                while self._before:
-                    yield self._before.popleft()
-            # Taken one at a time: what comes while the client is busy with one joins the next.
-            for choice in sorted(self._ready):
-                self._ready.discard(choice)
-                for event in await self._take(choice):
-                    yield event
-            if self._last is not None and not self._ready:
-                if isinstance(self._last, ServiceError):
-                    raise self._last
-                yield self._last
-                return
+        self._pace.streams += len(self._waiting)
+        try:
+            while True:
+                await self._filled.wait()
+                self._filled.clear()
+                self._stop_timer()
+                if self._accepted is not None:
+                    accepted, self._accepted = self._accepted, None
+                    yield accepted
+                    while self._before:
+                        yield self._before.popleft()
+                if self._ready:
+                    self._due = self._loop.time() + self._pace.interval_s
+                # Taken one at a time: what comes while the client is busy with one joins the next.
+                for choice in sorted(self._ready):
+                    self._ready.discard(choice)
+                    for event in await self._take(choice):
+                        yield event
+                if self._last is not None and not self._ready:
+                    if isinstance(self._last, ServiceError):
+                        raise self._last
+                    yield self._last
+                    return
+        finally:
+            self._pace.streams -= len(self._waiting)
+            self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def _take(self, choice: int) -> list[Event]:
         waiting, self._waiting[choice] = self._waiting[choice], _Waiting()

@@ -110,7 +110,7 @@ class RunLink:
             self._grace = None
 
     def _hello(self) -> run_pb2.RunRequest:
-        hello = run_pb2.RunHello(gateway_id=self._gateway_id, epoch=self.epoch)
+        hello = run_pb2.RunHello(gateway_id=self._gateway_id, epoch=self.epoch, takes_later=True)
         hello.resume_after_step_seq = self._session.last_seq
         return run_pb2.RunRequest(hello=hello)
 
@@ -124,11 +124,12 @@ class RunLink:
         return None if batch is None else _request(batch)
 
     def _on_message(self, response: run_pb2.RunResponse) -> None:
-        outputs = response.outputs
-        if not self._session.take(outputs.step_seq, _entries(outputs)):
-            _log.error("steps are missing", extra={"worker_id": self.worker_id, "step_seq": outputs.step_seq})
-            self._give_up()
-        elif self._session.due:
+        for outputs in (response.outputs, *response.later):
+            if not self._session.take(outputs.step_seq, _entries(outputs)):
+                _log.error("steps are missing", extra={"worker_id": self.worker_id, "step_seq": outputs.step_seq})
+                self._give_up()
+                return
+        if self._session.due:
             self._link.wake()
 
     def _on_broken(self, error: RemoteError | None) -> bool:

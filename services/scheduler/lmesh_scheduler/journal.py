@@ -49,6 +49,9 @@ return 1
 )
 
 BATCH = 256
+# Changes are gathered for this long, so that a request's first ones go in one write: with those written one by one a
+# request cost the scheduler 0.88 ms and 0.60 ms so, and its write was in the way of the placements of a burst.
+GATHER_S = 0.02
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 
 
@@ -84,6 +87,8 @@ class Journal:
             await self._wake.wait()
             self._wake.clear()
             while self._dirty:
+                if len(self._dirty) < BATCH:
+                    await asyncio.sleep(GATHER_S)
                 if await self._flush():
                     delay = FIRST_RETRY_S
                 else:

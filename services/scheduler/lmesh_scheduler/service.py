@@ -10,8 +10,8 @@ from typing import Any
 
 from lmesh.scheduler.v1 import dispatch_pb2_grpc, fleet_pb2_grpc, trainers_pb2_grpc
 from lmesh.training.v1 import training_pb2_grpc
+from lmesh_chassis import lifecycle, tls
 from lmesh_chassis import metrics as chassis_metrics
-from lmesh_chassis import tls
 from lmesh_chassis.lifecycle import Shutdown
 from lmesh_chassis.server import GrpcServer
 from lmesh_chassis.tasks import end
@@ -109,6 +109,7 @@ class SchedulerService:
                 await self._find_orphans()
                 port = await self.server.start()
                 self.server.set_all_serving(True)
+                lifecycle.settle()
                 log.info("ready", extra={"port": port, "incarnation": self.scheduler.incarnation})
                 return await self._serve(shutdown)
             finally:

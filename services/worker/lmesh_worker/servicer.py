@@ -19,6 +19,7 @@ from lmesh_worker.session import Session, Stream
 SERVICE_NAME = "lmesh.worker.v1.RunService"
 
 _HELLO_TIMEOUT_S = 10.0
+_MOST_BYTES = 1 << 20  # of the steps in one message, as `SessionStep.nbytes` counts
 
 RpcContext = Any  # grpc's own type leaves its messages open
 
@@ -46,7 +47,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         try:
             await context.write(self._greeting(hello.resume_after_step_seq + 1))
             self._take(session, first)
-            await self._serve(session, stream, context)
+            await self._serve(session, stream, context, _MOST_BYTES if hello.takes_later else 0)
         finally:
             if stream.ended.done():
                 stream.ended.exception()  # seen, even when the call was cancelled meanwhile
@@ -56,9 +57,9 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         hello = run_pb2.WorkerRunHello(worker_id=self._worker_id(), epoch=self._epoch, oldest_step_seq=oldest)
         return run_pb2.RunResponse(hello=hello)
 
-    async def _serve(self, session: Session, stream: Stream, context: RpcContext) -> None:
+    async def _serve(self, session: Session, stream: Stream, context: RpcContext, most_bytes: int) -> None:
         reader = asyncio.create_task(self._read(session, context))
-        writer = asyncio.create_task(self._write(session, stream, context))
+        writer = asyncio.create_task(self._write(session, stream, context, most_bytes))
         try:
             await asyncio.wait({reader, writer, stream.ended}, return_when=asyncio.FIRST_COMPLETED)
             if stream.ended.done():
@@ -86,11 +87,14 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         for abort in request.aborts:
             self._sessions.abort(session, abort.slot, abort.lease)
 
-    async def _write(self, session: Session, stream: Stream, context: RpcContext) -> None:
+    async def _write(self, session: Session, stream: Stream, context: RpcContext, most_bytes: int) -> None:
+        """One message for all steps that gather while the one before is being written: a step costs far less than a
+        message, and a worker of many gateways must not fall behind its engine."""
         while True:
-            step = await session.next_step(stream)
-            await context.write(run_pb2.RunResponse(outputs=_outputs(step)))
-            self._sessions.written(stream, step.step_seq)
+            steps = await session.next_steps(stream, most_bytes)
+            first, *later = map(_outputs, steps)
+            await context.write(run_pb2.RunResponse(outputs=first, later=later))
+            self._sessions.written(stream, steps[-1].step_seq)
 
 
 async def _first(context: RpcContext) -> run_pb2.RunRequest:

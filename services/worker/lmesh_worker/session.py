@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lmesh_chassis.errors import ServiceError
 
@@ -109,15 +110,21 @@ class Session:
         else:
             stream.ended.set_exception(error)
 
-    async def next_step(self, stream: Stream) -> SessionStep:
-        """The stream's next step, in order; waits for one."""
+    async def next_steps(self, stream: Stream, most_bytes: int) -> list[SessionStep]:
+        """The stream's next steps, in order: as many as there are, up to `most_bytes`; waits for one."""
         while stream.cursor >= self._last_seq:
             self._woken.clear()
             await self._woken.wait()
         # Steps are contiguous, so the place follows from the number (acknowledged ones have left at the front).
-        step, _ = self._unacked[max(0, stream.cursor + 1 - self.oldest_step_seq)]
-        stream.cursor = step.step_seq
-        return step
+        place = max(0, stream.cursor + 1 - self.oldest_step_seq)
+        steps = [self._unacked[place][0]]
+        size = steps[0].nbytes
+        for step, _ in islice(self._unacked, place + 1, None):
+            if (size := size + step.nbytes) > most_bytes:
+                break
+            steps.append(step)
+        stream.cursor = steps[-1].step_seq
+        return steps
 
 
 def too_slow(session: Session) -> SlowConsumerError:

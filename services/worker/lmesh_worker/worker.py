@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmesh.worker.v1 import run_pb2_grpc
+from lmesh_chassis import lifecycle, tls
 from lmesh_chassis import metrics as chassis_metrics
-from lmesh_chassis import tls
 from lmesh_chassis.artifacts.store import FolderStore
 from lmesh_chassis.channel import connect
 from lmesh_chassis.lifecycle import Shutdown
@@ -229,6 +229,7 @@ class Worker:
         """Keeps health and the scheduler's picture in step with the verdict."""
         await fleet.joined.wait()
         self.server.set_all_serving(True)
+        lifecycle.settle()
         extra = {"address": self.address, "port": port, "worker_id": self.worker_id, "model": self._model.model_id}
         _log.info("ready", extra=extra)
         while True:

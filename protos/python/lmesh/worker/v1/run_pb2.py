@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lmesh/worker/v1/run.proto\x12\x0flmesh.worker.v1\"\x9e\x01\n\nRunRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x19.lmesh.worker.v1.RunHello\x12&\n\x06starts\x18\x02 \x03(\x0b\x32\x16.lmesh.worker.v1.Start\x12&\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x16.lmesh.worker.v1.Abort\x12\x16\n\x0e\x61\x63ked_step_seq\x18\x04 \x01(\x04\"L\n\x08RunHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x1d\n\x15resume_after_step_seq\x18\x03 \x01(\x04\"\xea\x01\n\x05Start\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x0f\n\x03ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x06 \x01(\r\x12/\n\x06params\x18\x07 \x01(\x0b\x32\x1f.lmesh.worker.v1.SequenceParams\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x11\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\t\"\xd8\x02\n\x0eSequenceParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x1a\n\x0estop_token_ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x10\n\x08logprobs\x18\x07 \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\x08 \x01(\x11\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12.\n\nlogit_bias\x18\r \x03(\x0b\x32\x1a.lmesh.worker.v1.LogitBiasB\x15\n\x13_repetition_penalty\"%\n\tLogitBias\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"$\n\x05\x41\x62ort\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\x04\"l\n\x0bRunResponse\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.worker.v1.WorkerRunHello\x12-\n\x07outputs\x18\x02 \x01(\x0b\x32\x1c.lmesh.worker.v1.StepOutputs\"K\n\x0eWorkerRunHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x17\n\x0foldest_step_seq\x18\x03 \x01(\x04\"\xd8\x02\n\x0bStepOutputs\x12\x10\n\x08step_seq\x18\x01 \x01(\x04\x12\x10\n\x04slot\x18\x02 \x03(\rB\x02\x10\x01\x12\x11\n\x05lease\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tstart_pos\x18\x04 \x03(\rB\x02\x10\x01\x12\x11\n\x05n_new\x18\x05 \x03(\rB\x02\x10\x01\x12\x0f\n\x03ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x33\n\x06\x66inish\x18\x07 \x03(\x0e\x32\x1f.lmesh.worker.v1.SequenceFinishB\x02\x10\x01\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12/\n\x08logprobs\x18\t \x03(\x0b\x32\x1d.lmesh.worker.v1.SlotLogprobs\x12*\n\x06\x65rrors\x18\n \x03(\x0b\x32\x1a.lmesh.worker.v1.SlotError\x12,\n\x07timings\x18\x0b \x03(\x0b\x32\x1b.lmesh.worker.v1.SlotTiming\"{\n\x0cSlotLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x0e\n\x06prompt\x18\x02 \x01(\x08\x12\x12\n\x06\x63hosen\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\t\n\x01k\x18\x04 \x01(\r\x12\x13\n\x07top_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\";\n\tSlotError\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"m\n\nSlotTiming\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\nprefill_us\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r*\x9f\x01\n\x0eSequenceFinish\x12\x1f\n\x1bSEQUENCE_FINISH_UNSPECIFIED\x10\x00\x12\x18\n\x14SEQUENCE_FINISH_STOP\x10\x01\x12\x1a\n\x16SEQUENCE_FINISH_LENGTH\x10\x02\x12\x1b\n\x17SEQUENCE_FINISH_ABORTED\x10\x03\x12\x19\n\x15SEQUENCE_FINISH_ERROR\x10\x04\x32R\n\nRunService\x12\x44\n\x03Run\x12\x1b.lmesh.worker.v1.RunRequest\x1a\x1c.lmesh.worker.v1.RunResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lmesh/worker/v1/run.proto\x12\x0flmesh.worker.v1\"\x9e\x01\n\nRunRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x19.lmesh.worker.v1.RunHello\x12&\n\x06starts\x18\x02 \x03(\x0b\x32\x16.lmesh.worker.v1.Start\x12&\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x16.lmesh.worker.v1.Abort\x12\x16\n\x0e\x61\x63ked_step_seq\x18\x04 \x01(\x04\"a\n\x08RunHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x1d\n\x15resume_after_step_seq\x18\x03 \x01(\x04\x12\x13\n\x0btakes_later\x18\x04 \x01(\x08\"\xea\x01\n\x05Start\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x0f\n\x03ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x06 \x01(\r\x12/\n\x06params\x18\x07 \x01(\x0b\x32\x1f.lmesh.worker.v1.SequenceParams\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x11\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\t\"\xd8\x02\n\x0eSequenceParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x1a\n\x0estop_token_ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x10\n\x08logprobs\x18\x07 \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\x08 \x01(\x11\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12.\n\nlogit_bias\x18\r \x03(\x0b\x32\x1a.lmesh.worker.v1.LogitBiasB\x15\n\x13_repetition_penalty\"%\n\tLogitBias\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"$\n\x05\x41\x62ort\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\x04\"\x99\x01\n\x0bRunResponse\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.lmesh.worker.v1.WorkerRunHello\x12-\n\x07outputs\x18\x02 \x01(\x0b\x32\x1c.lmesh.worker.v1.StepOutputs\x12+\n\x05later\x18\x03 \x03(\x0b\x32\x1c.lmesh.worker.v1.StepOutputs\"K\n\x0eWorkerRunHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x17\n\x0foldest_step_seq\x18\x03 \x01(\x04\"\xd8\x02\n\x0bStepOutputs\x12\x10\n\x08step_seq\x18\x01 \x01(\x04\x12\x10\n\x04slot\x18\x02 \x03(\rB\x02\x10\x01\x12\x11\n\x05lease\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tstart_pos\x18\x04 \x03(\rB\x02\x10\x01\x12\x11\n\x05n_new\x18\x05 \x03(\rB\x02\x10\x01\x12\x0f\n\x03ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x33\n\x06\x66inish\x18\x07 \x03(\x0e\x32\x1f.lmesh.worker.v1.SequenceFinishB\x02\x10\x01\x12\x17\n\x0fweights_version\x18\x08 \x01(\x04\x12/\n\x08logprobs\x18\t \x03(\x0b\x32\x1d.lmesh.worker.v1.SlotLogprobs\x12*\n\x06\x65rrors\x18\n \x03(\x0b\x32\x1a.lmesh.worker.v1.SlotError\x12,\n\x07timings\x18\x0b \x03(\x0b\x32\x1b.lmesh.worker.v1.SlotTiming\"{\n\x0cSlotLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x0e\n\x06prompt\x18\x02 \x01(\x08\x12\x12\n\x06\x63hosen\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\t\n\x01k\x18\x04 \x01(\r\x12\x13\n\x07top_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\";\n\tSlotError\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"m\n\nSlotTiming\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\nprefill_us\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r*\x9f\x01\n\x0eSequenceFinish\x12\x1f\n\x1bSEQUENCE_FINISH_UNSPECIFIED\x10\x00\x12\x18\n\x14SEQUENCE_FINISH_STOP\x10\x01\x12\x1a\n\x16SEQUENCE_FINISH_LENGTH\x10\x02\x12\x1b\n\x17SEQUENCE_FINISH_ABORTED\x10\x03\x12\x19\n\x15SEQUENCE_FINISH_ERROR\x10\x04\x32R\n\nRunService\x12\x44\n\x03Run\x12\x1b.lmesh.worker.v1.RunRequest\x1a\x1c.lmesh.worker.v1.RunResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,32 +53,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOTLOGPROBS'].fields_by_name['top_ids']._serialized_options = b'\020\001'
   _globals['_SLOTLOGPROBS'].fields_by_name['top_logprobs']._loaded_options = None
   _globals['_SLOTLOGPROBS'].fields_by_name['top_logprobs']._serialized_options = b'\020\001'
-  _globals['_SEQUENCEFINISH']._serialized_start=1778
-  _globals['_SEQUENCEFINISH']._serialized_end=1937
+  _globals['_SEQUENCEFINISH']._serialized_start=1845
+  _globals['_SEQUENCEFINISH']._serialized_end=2004
   _globals['_RUNREQUEST']._serialized_start=47
   _globals['_RUNREQUEST']._serialized_end=205
   _globals['_RUNHELLO']._serialized_start=207
-  _globals['_RUNHELLO']._serialized_end=283
-  _globals['_START']._serialized_start=286
-  _globals['_START']._serialized_end=520
-  _globals['_SEQUENCEPARAMS']._serialized_start=523
-  _globals['_SEQUENCEPARAMS']._serialized_end=867
-  _globals['_LOGITBIAS']._serialized_start=869
-  _globals['_LOGITBIAS']._serialized_end=906
-  _globals['_ABORT']._serialized_start=908
-  _globals['_ABORT']._serialized_end=944
-  _globals['_RUNRESPONSE']._serialized_start=946
-  _globals['_RUNRESPONSE']._serialized_end=1054
-  _globals['_WORKERRUNHELLO']._serialized_start=1056
-  _globals['_WORKERRUNHELLO']._serialized_end=1131
-  _globals['_STEPOUTPUTS']._serialized_start=1134
-  _globals['_STEPOUTPUTS']._serialized_end=1478
-  _globals['_SLOTLOGPROBS']._serialized_start=1480
-  _globals['_SLOTLOGPROBS']._serialized_end=1603
-  _globals['_SLOTERROR']._serialized_start=1605
-  _globals['_SLOTERROR']._serialized_end=1664
-  _globals['_SLOTTIMING']._serialized_start=1666
-  _globals['_SLOTTIMING']._serialized_end=1775
-  _globals['_RUNSERVICE']._serialized_start=1939
-  _globals['_RUNSERVICE']._serialized_end=2021
+  _globals['_RUNHELLO']._serialized_end=304
+  _globals['_START']._serialized_start=307
+  _globals['_START']._serialized_end=541
+  _globals['_SEQUENCEPARAMS']._serialized_start=544
+  _globals['_SEQUENCEPARAMS']._serialized_end=888
+  _globals['_LOGITBIAS']._serialized_start=890
+  _globals['_LOGITBIAS']._serialized_end=927
+  _globals['_ABORT']._serialized_start=929
+  _globals['_ABORT']._serialized_end=965
+  _globals['_RUNRESPONSE']._serialized_start=968
+  _globals['_RUNRESPONSE']._serialized_end=1121
+  _globals['_WORKERRUNHELLO']._serialized_start=1123
+  _globals['_WORKERRUNHELLO']._serialized_end=1198
+  _globals['_STEPOUTPUTS']._serialized_start=1201
+  _globals['_STEPOUTPUTS']._serialized_end=1545
+  _globals['_SLOTLOGPROBS']._serialized_start=1547
+  _globals['_SLOTLOGPROBS']._serialized_end=1670
+  _globals['_SLOTERROR']._serialized_start=1672
+  _globals['_SLOTERROR']._serialized_end=1731
+  _globals['_SLOTTIMING']._serialized_start=1733
+  _globals['_SLOTTIMING']._serialized_end=1842
+  _globals['_RUNSERVICE']._serialized_start=2006
+  _globals['_RUNSERVICE']._serialized_end=2088
 # @@protoc_insertion_point(module_scope)

@@ -100,22 +100,26 @@ class RunHello(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     RESUME_AFTER_STEP_SEQ_FIELD_NUMBER: _builtins.int
+    TAKES_LATER_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """Unique to the gateway process's boot."""
     epoch: _builtins.str
     """The worker's epoch as the placement said; FAILED_PRECONDITION STALE_EPOCH on a mismatch."""
     resume_after_step_seq: _builtins.int
     """Re-attaches to an earlier stream: outputs after this step_seq are sent again. 0 on the first."""
+    takes_later: _builtins.bool
+    """This gateway reads RunResponse.later."""
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         resume_after_step_seq: _builtins.int = ...,
+        takes_later: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id", "resume_after_step_seq", b"resume_after_step_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id", "resume_after_step_seq", b"resume_after_step_seq", "takes_later", b"takes_later"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,6 +327,7 @@ class RunResponse(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    LATER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerRunHello:
         """First message only."""
@@ -331,15 +336,22 @@ class RunResponse(_message.Message):
     def outputs(self) -> Global___StepOutputs:
         """What one engine step gave this gateway."""
 
+    @_builtins.property
+    def later(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutputs]:
+        """Steps after that one, which gathered while the message before was being written; only where the hello said
+        takes_later.
+        """
+
     def __init__(
         self,
         *,
         hello: Global___WorkerRunHello | None = ...,
         outputs: Global___StepOutputs | None = ...,
+        later: _abc.Iterable[Global___StepOutputs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "outputs", b"outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "later", b"later", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
