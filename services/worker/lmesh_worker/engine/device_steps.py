@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
 from lmesh_kernels.layers.attention import PagedAttention
-from lmesh_kernels.layers.batch import PagedBatch, PendingIds
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.attention_work import (
-    AttentionWork,
     Pieces,
     advance,
     plan_pieces,
     shared_prefixes,
 )
 from lmesh_kernels.ops.prompt_attention import LEAST, Prompt
-from lmesh_kernels.ops.sample_params import SampleHints, SampleParams
-from lmesh_kernels.ops.segmented_lora import NO_ADAPTERS, AdapterRows
-from lmesh_kernels.ops.segmented_plan import SegmentPlan, SegmentTables
+from lmesh_kernels.ops.sample_params import SampleHints
+from lmesh_kernels.ops.segmented_plan import SegmentTables
 from lmesh_kernels.platforms.platform import Platform
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,7 +26,6 @@ from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
 from lmesh_worker.engine.graphs import AdapterRoom, GraphKey, StepGraphs
 from lmesh_worker.engine.inputs import (
     PromptScoring,
-    Sampling,
     StepColumns,
     StepInputs,
     adapter_tables,
@@ -44,8 +39,7 @@ from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sent_columns import columns_of, most_words, moving_columns
 from lmesh_worker.engine.slots import Slots
 from lmesh_worker.engine.steady import Steady, is_steady
-
-_DRAWING = ("temperature", "top_p", "top_k", "floor", "seed", "choice", "position")
+from lmesh_worker.engine.viewed_inputs import Launches, ViewedInputs
 
 
 class DeviceSteps:
@@ -70,9 +64,7 @@ class DeviceSteps:
         self._decoder, self._attention, self._slots, self._tables = decoder, attention, slots, tables
         self._bank, self._block_size, self._shape = bank, block_size, attention.device.shape
         self._takes_prompts = attention.device.takes_prompts
-        # What argmax alone is given: it reads none of it.
-        nothing = torch.zeros(max_seqs, dtype=torch.int64, device=platform.device)
-        self._unread = SampleParams(**dict.fromkeys(_DRAWING, nothing))
+        self._inputs = ViewedInputs(slots, bank, max_seqs=max_seqs)
         self._steady: Steady | None = None
         self._arena = Arena(platform, capacity=most_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
         self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
@@ -158,9 +150,9 @@ class DeviceSteps:
     ) -> Compute:
         sent = columns_of(columns, pieces, self._slots, told, tables=tables)
         views = {name: self._arena.put(values) for name, (values, _, _) in sent.items()}
-        kinds = _Kinds(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
+        kinds = Launches(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         room = None if tables is None else AdapterRoom.of(tables)
-        inputs = self._inputs(views, kinds, told, room, prompts, adjusting)
+        inputs = self._inputs.of(views, kinds, told, room, prompts, adjusting)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -184,8 +176,8 @@ class DeviceSteps:
 
             return replay
         views = {name: self._arena.put(*filled) for name, filled in sent.items()}
-        kinds = _Kinds(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
-        inputs, layout = self._inputs(views, kinds, told, key.adapters), self._arena.lay_out(sent)
+        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
+        inputs, layout = self._inputs.of(views, kinds, told, key.adapters), self._arena.lay_out(sent)
         changes = self._changes()
 
         def compute() -> StepOutputs:
@@ -210,60 +202,6 @@ class DeviceSteps:
             assert self._slots.device_tables is not None
             places, blocks = changes
             self._slots.device_tables.view(-1).index_put_((places,), blocks)
-
-    def _inputs(
-        self,
-        views: dict[str, Tensor],
-        kinds: _Kinds,
-        told: SampleHints,
-        room: AdapterRoom | None,
-        prompts: tuple[Prompt, ...] = (),
-        adjusting: Adjusting | None = None,
-    ) -> StepInputs:
-        assert self._slots.device_tables is not None
-        work = AttentionWork(
-            narrow=views["narrow"],
-            wide=views["wide"],
-            counts=views["counts"],
-            parts_first=views["parts_first"],
-            parts=views["parts"],
-            has_narrow=kinds.narrow,
-            has_wide=kinds.wide,
-            joined=kinds.joined,
-            prompts=prompts,
-        )
-        batch = PagedBatch(
-            ids=views["ids"],
-            positions=views["positions"],
-            kv_slots=views["kv_slots"],
-            block_tables=self._slots.device_tables,
-            pending=PendingIds(views["token_slots"], self._slots.last_ids),
-            adapters=NO_ADAPTERS if room is None else self._adapters(views, room),
-            work=work,
-        )
-        params = self._unread if not told.any_random else SampleParams(**{n: views[n] for n in _DRAWING})
-        sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
-        return StepInputs(batch=batch, sampling=sampling)
-
-    def _adapters(self, views: dict[str, Tensor], room: AdapterRoom) -> AdapterRows:
-        plan = SegmentPlan(
-            numbers=self._bank.numbers,
-            order=views["adapter_order"],
-            tiles=views["adapter_tiles"],
-            directories=views["adapter_directories"],
-            height=room.height,
-            most_ranks=room.ranks,
-        )
-        return AdapterRows(plan=plan)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kinds:
-    """Which of attention's launches a step has."""
-
-    narrow: bool
-    wide: bool
-    joined: int
 
 
 def _prompts(columns: StepColumns, whole: NDArray[np.bool_] | None) -> tuple[Prompt, ...]:
