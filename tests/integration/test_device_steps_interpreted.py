@@ -136,6 +136,27 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.Monkey
     assert engine.load().kv_blocks_used == 0
 
 
+def test_penalties_and_biases_ride_in_replayed_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {},
+        {"logit_bias": ((7, 9.0), (8, 8.0))},
+        {"repetition_penalty": 1.8, "temperature": 0.7, "seed": 5},
+        {"logit_bias": ((9, 9.5),), "presence_penalty": 2.0},
+    )
+    told = [Start(k, str(k), 0, [3 + k, 5, 7 * k], 3, Params(max_tokens=12 + k, **p)) for k, p in enumerate(asked)]
+    bare = [msgspec.structs.replace(s, params=Params(max_tokens=s.params.max_tokens)) for s in told]
+    expected, plain = engine_of(tiny).generate(told), engine_of(tiny).generate(bare)
+    assert all((expected[k] == plain[k]) == (k == 1) for k in expected), "penalties and biases change nothing"
+    engine = engine_of(tiny)
+    steps, followed = replaying(engine, monkeypatch)
+    # One after the other, so that the tables come into being while graphs are there already.
+    assert {k: v for s in told[:3] for k, v in engine.generate([s]).items()} == {k: expected[k] for k in range(3)}
+    assert engine.generate(told) == expected
+    assert steps.graphs is not None and {key.tables for key in steps.graphs._captured} >= {None, (True, True)}
+    assert len(followed) > 8, "no step followed another"
+
+
 def test_adapters_ride_in_replayed_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def told(engine: Engine) -> list[Start]:
         small, large = adapter_of(engine, 4, 3.0), adapter_of(engine, 40, 1.0)

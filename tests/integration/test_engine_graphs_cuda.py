@@ -44,8 +44,17 @@ def starts(count: int, *, shared: int = 0, first: int = 0, **sampling: Any) -> l
 
 
 @pytest.mark.parametrize("shared", [0, 96], ids=["own", "shared prefix"])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}], ids=str)
-def test_captured_steps_give_what_launched_ones_do(tiny: Path, shared: int, sampling: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.9},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"presence_penalty": 1.0, "logit_bias": ((7, 3.0),)},
+    ],
+    ids=str,
+)
+def test_captured_steps_give_what_launched_ones_do(tiny: Path, shared: int, sampling: dict[str, Any]) -> None:
     found = []
     for eager in (True, False):
         engine = engine_of(tiny, "float32", enforce_eager=eager)

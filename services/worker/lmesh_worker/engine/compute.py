@@ -50,6 +50,6 @@ def _sampled(
     drawn = torch.empty(9 * count, dtype=torch.uint8, device=hidden.device)
     ids, finite = drawn_views(drawn)
     if count:
-        sample_rows(logits, sampling.params, sampling.hints, ids, finite, tables.load(sampling.adjusting))
+        sample_rows(logits, sampling.params, sampling.hints, ids, finite, tables.adjustment(sampling.adjusting))
         last_ids.index_copy_(0, sampling.slots, ids)
     return StepOutputs(hidden=hidden, logits=logits, ids=ids, drawn=drawn)

@@ -34,7 +34,7 @@ from lmesh_worker.engine.inputs import (
     prompt_scoring,
     sampled,
 )
-from lmesh_worker.engine.logit_tables import Adjusting, LogitTables
+from lmesh_worker.engine.logit_tables import Asked, LogitTables, TableKinds
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sent_columns import columns_of, most_words, moving_columns
 from lmesh_worker.engine.slots import Slots
@@ -86,19 +86,19 @@ class DeviceSteps:
         told = hints(columns, self._slots)
         self._arena.begin()
         tables = adapter_tables(plan, columns, self._bank)
-        adjusts = bool(self._slots.adjusts[columns.sample_slots].any())
+        asked = self._tables.ask(sampled(plan)) if self._slots.adjusts[columns.sample_slots].any() else None
         key = None
         # With adapters only decodes: a chunk among them has tiles of any number.
-        if not (adjusts or prompts) and (tables is None or columns.num_decodes == len(columns.slots)):
-            key = self._key(columns, pieces, told, None if tables is None else AdapterRoom.of(tables))
+        if not prompts and (tables is None or columns.num_decodes == len(columns.slots)):
+            room = None if tables is None else AdapterRoom.of(tables)
+            key = self._key(columns, pieces, told, room, None if asked is None else self._tables.kinds)
         if key is None:
-            adjusting = self._tables.build(sampled(plan), self._arena.put) if adjusts else None
-            compute = self._as_it_is(columns, pieces, prompts, told, tables, adjusting)
+            compute = self._as_it_is(columns, pieces, prompts, told, tables, asked)
             return columns, prompt_scoring(plan, columns, self._arena.put), compute
-        sent = columns_of(columns, pieces, self._slots, told, key, tables)
+        sent = columns_of(columns, pieces, self._slots, told, key, tables, asked)
         if is_steady(columns) and not shares:
             self._steady = Steady(rows=plan.rows, columns=columns, pieces=pieces, told=told, key=key, sent=sent)
-        compute = self._captured(key, sent, told)
+        compute = self._captured(key, sent, told, asked)
         return columns, prompt_scoring(plan, columns, self._arena.put), compute
 
     def _after(self, before: Steady, rows: list[Row]) -> Steady | None:
@@ -107,7 +107,7 @@ class DeviceSteps:
         pieces, key = advance(before.pieces, columns.kv_lens, self._shape), before.key
         if pieces is None:
             pieces = plan_pieces(columns.q_lens, columns.kv_lens, self._shape, names=columns.slots)
-            found = self._key(columns, pieces, before.told, key.adapters)
+            found = self._key(columns, pieces, before.told, key.adapters, key.tables)
             if found is None:
                 return None
             key = found
@@ -115,11 +115,16 @@ class DeviceSteps:
         return replace(before, rows=rows, columns=columns, pieces=pieces, key=key, sent=sent)
 
     def _key(
-        self, columns: StepColumns, pieces: Pieces, told: SampleHints, adapters: AdapterRoom | None
+        self,
+        columns: StepColumns,
+        pieces: Pieces,
+        told: SampleHints,
+        adapters: AdapterRoom | None,
+        tables: TableKinds | None,
     ) -> GraphKey | None:
         if self.graphs is None:
             return None
-        return self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told, adapters)
+        return self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told, adapters, tables)
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()
@@ -146,22 +151,25 @@ class DeviceSteps:
         prompts: tuple[Prompt, ...],
         told: SampleHints,
         tables: SegmentTables | None,
-        adjusting: Adjusting | None,
+        asked: Asked | None,
     ) -> Compute:
-        sent = columns_of(columns, pieces, self._slots, told, tables=tables)
+        sent = columns_of(columns, pieces, self._slots, told, tables=tables, asked=asked)
         views = {name: self._arena.put(values) for name, (values, _, _) in sent.items()}
         kinds = Launches(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         room = None if tables is None else AdapterRoom.of(tables)
-        inputs = self._inputs.of(views, kinds, told, room, prompts, adjusting)
+        inputs = self._inputs.of(views, kinds, told, room, prompts)
         changes = self._changes()
 
         def compute() -> StepOutputs:
+            self._tables.learn(asked)
             self._upload(changes)
             return self._compute(inputs)
 
         return compute
 
-    def _captured(self, key: GraphKey, sent: dict[str, Filled], told: SampleHints) -> Compute:
+    def _captured(
+        self, key: GraphKey, sent: dict[str, Filled], told: SampleHints, asked: Asked | None = None
+    ) -> Compute:
         assert self.graphs is not None
         graphs = self.graphs
         captured = graphs.find(key)
@@ -170,6 +178,7 @@ class DeviceSteps:
             changes = self._changes()
 
             def replay() -> StepOutputs:
+                self._tables.learn(asked)
                 self._upload(changes)
                 captured.graph.replay()
                 return captured.outputs
@@ -181,6 +190,7 @@ class DeviceSteps:
         changes = self._changes()
 
         def compute() -> StepOutputs:
+            self._tables.learn(asked)
             self._upload(changes)
             outputs = self._compute(inputs)
             if graphs.due(key):

@@ -22,6 +22,7 @@ from lmesh_kernels.ops.segmented_plan import SegmentTables
 
 from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
+from lmesh_worker.engine.logit_tables import TableKinds
 
 # Decodes are filled up by an eighth at most from 8 on. Steps with more tokens than the last size run as they are: what
 # launching costs them is small beside their work (16 layers: about 1 ms of the host beside 10 ms of the device).
@@ -97,6 +98,7 @@ class GraphKey:
     has_parts: bool
     mode: Mode
     adapters: AdapterRoom | None = None
+    tables: TableKinds | None = None  # of penalties and biases, where some row has them
 
 
 def size_above(count: int, sizes: Sequence[int]) -> int | None:
@@ -128,7 +130,13 @@ class StepGraphs:
         self.captures = 0
 
     def key(
-        self, tokens: int, samples: int, pieces: Pieces, hints: SampleHints, adapters: AdapterRoom | None = None
+        self,
+        tokens: int,
+        samples: int,
+        pieces: Pieces,
+        hints: SampleHints,
+        adapters: AdapterRoom | None = None,
+        tables: TableKinds | None = None,
     ) -> GraphKey | None:
         """The graph for such a step; None where none is kept of its size."""
         size, rows = size_above(tokens, self._tokens), size_above(max(1, samples), self._rows)
@@ -147,6 +155,7 @@ class StepGraphs:
             has_parts=pieces.joined > 0,
             mode=mode_of(hints),
             adapters=adapters,
+            tables=tables,
         )
 
     def find(self, key: GraphKey) -> Captured | None:

@@ -10,7 +10,7 @@ from lmesh_kernels.models.decoder import Decoder
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmesh_worker.engine.compute import Compute, compute_step
+from lmesh_worker.engine.compute import Compute, StepOutputs, compute_step
 from lmesh_worker.engine.inputs import (
     PromptScoring,
     StepColumns,
@@ -22,7 +22,7 @@ from lmesh_worker.engine.inputs import (
     sampled,
     sampling,
 )
-from lmesh_worker.engine.logit_tables import LogitTables
+from lmesh_worker.engine.logit_tables import Adjusting, Asked, LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
 
@@ -51,13 +51,26 @@ class HostSteps:
         self._slots.take_in([row.sequence for row in plan.rows])
         columns = gather(plan, self._slots, self._block_size)
         adapters = adapter_rows(plan, columns, _put, self._bank)
+        asked = self._tables.ask(sampled(plan))
         inputs = StepInputs(
             batch=batch_on_host(columns, self._slots, self._block_size, _put, adapters),
-            sampling=sampling(columns, self._slots, _put, self._tables.build(sampled(plan), _put)),
+            sampling=sampling(columns, self._slots, _put, _adjusting(asked)),
         )
-        scoring = prompt_scoring(plan, columns, _put)
-        return (
-            columns,
-            scoring,
-            lambda: compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs),
-        )
+
+        def compute() -> StepOutputs:
+            self._tables.learn(asked)
+            return compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs)
+
+        return columns, prompt_scoring(plan, columns, _put), compute
+
+
+def _adjusting(asked: Asked | None) -> Adjusting | None:
+    if asked is None:
+        return None
+    return Adjusting(
+        repetition=_put(asked.repetition),
+        presence=_put(asked.presence),
+        frequency=_put(asked.frequency),
+        seen_row=_put(asked.seen_row),
+        bias_row=_put(asked.bias_row),
+    )

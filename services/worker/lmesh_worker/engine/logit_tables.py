@@ -7,8 +7,8 @@ computed again, is judged as if it had never been interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lmesh_worker.engine.sequence import Sequence
 
-Put = Callable[[NDArray[np.generic]], Tensor]
 _SEEN, _BIAS = torch.int16, torch.float32
 
 
@@ -32,17 +31,35 @@ class Rows:
     values: Tensor  # [m]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """What the R rows of a step that sample ask for, on the host, and what the tables must learn first."""
+
+    repetition: NDArray[np.float32]
+    presence: NDArray[np.float32]
+    frequency: NDArray[np.float32]
+    seen_row: NDArray[np.int64]  # -1: no penalties
+    bias_row: NDArray[np.int64]  # -1: no biases
+    new_seen: Rows | None
+    new_bias: Rows | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adjusting:
-    """The rows of a step that sample: columns on the device, and what the tables must learn first."""
+    """The same columns on the device. More rows may stand there than sample: they ask for nothing."""
 
     repetition: Tensor  # [R] float32
     presence: Tensor
     frequency: Tensor
-    seen_row: Tensor  # [R] int64, -1: no penalties
-    bias_row: Tensor  # [R] int64, -1: no biases
-    new_seen: Rows | None
-    new_bias: Rows | None
+    seen_row: Tensor  # [R] int64
+    bias_row: Tensor
+
+
+class TableKinds(NamedTuple):
+    """Which tables there are: a captured step reads those that there were."""
+
+    seen: bool
+    bias: bool
 
 
 class LogitTables:
@@ -52,30 +69,34 @@ class LogitTables:
         self._platform, self._shape = platform, (max_seqs, vocab_size)
         self._seen: Tensor | None = None
         self._bias: Tensor | None = None
+        self.kinds = TableKinds(seen=False, bias=False)  # once all that was asked is written
 
     @staticmethod
     def planned_bytes(max_seqs: int, vocab_size: int) -> int:
         """Bytes of both tables."""
         return max_seqs * vocab_size * (_SEEN.itemsize + _BIAS.itemsize)
 
-    def build(self, sequences: list[Sequence], put: Put) -> Adjusting | None:
+    def ask(self, sequences: list[Sequence]) -> Asked | None:
         """Columns of the sequences that sample in a step, None where no one asks; marks the new ones as counted."""
         params = [s.params for s in sequences]
         if not any(p.penalises or p.logit_bias for p in params):
             return None
         new = [s for s in sequences if not s.counted]
-        adjusting = Adjusting(
-            repetition=put(np.array([p.repetition_penalty for p in params], np.float32)),
-            presence=put(np.array([p.presence_penalty for p in params], np.float32)),
-            frequency=put(np.array([p.frequency_penalty for p in params], np.float32)),
-            seen_row=put(np.array([s.slot if s.params.penalises else -1 for s in sequences], np.int64)),
-            bias_row=put(np.array([s.slot if s.params.logit_bias else -1 for s in sequences], np.int64)),
+        asked = Asked(
+            repetition=np.array([p.repetition_penalty for p in params], np.float32),
+            presence=np.array([p.presence_penalty for p in params], np.float32),
+            frequency=np.array([p.frequency_penalty for p in params], np.float32),
+            seen_row=np.array([s.slot if s.params.penalises else -1 for s in sequences], np.int64),
+            bias_row=np.array([s.slot if s.params.logit_bias else -1 for s in sequences], np.int64),
             new_seen=self._rows([(s.slot, *_seen(s)) for s in new if s.params.penalises], _SEEN),
             new_bias=self._rows([(s.slot, *_bias(s)) for s in new if s.params.logit_bias], _BIAS),
         )
         for sequence in new:
             sequence.counted = True
-        return adjusting
+        self.kinds = TableKinds(
+            self.kinds.seen or asked.new_seen is not None, self.kinds.bias or asked.new_bias is not None
+        )
+        return asked
 
     def _rows(self, rows: list[tuple[int, np.ndarray, np.ndarray]], dtype: torch.dtype) -> Rows | None:
         if not rows:
@@ -93,12 +114,16 @@ class LogitTables:
         staging.numpy()[:] = values
         return staging
 
-    def load(self, adjusting: Adjusting | None) -> Adjustment | None:
-        """Writes the new rows (on the stream that calls, behind the steps before); what sampling then reads."""
+    def learn(self, asked: Asked | None) -> None:
+        """Writes the new rows, on the stream that calls, behind the steps before and ahead of the one that asks."""
+        if asked is not None:
+            self._seen = self._written(self._seen, asked.new_seen, _SEEN)
+            self._bias = self._written(self._bias, asked.new_bias, _BIAS)
+
+    def adjustment(self, adjusting: Adjusting | None) -> Adjustment | None:
+        """What sampling reads of the tables."""
         if adjusting is None:
             return None
-        self._seen = self._written(self._seen, adjusting.new_seen, _SEEN)
-        self._bias = self._written(self._bias, adjusting.new_bias, _BIAS)
         return Adjustment(
             repetition=adjusting.repetition,
             presence=adjusting.presence,

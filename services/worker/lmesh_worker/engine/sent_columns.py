@@ -9,6 +9,7 @@ from lmesh_kernels.ops.segmented_plan import SegmentTables
 from lmesh_worker.engine.buffers import Filled
 from lmesh_worker.engine.graphs import GraphKey, mode_of
 from lmesh_worker.engine.inputs import StepColumns
+from lmesh_worker.engine.logit_tables import Asked
 from lmesh_worker.engine.slots import Slots
 
 
@@ -19,6 +20,7 @@ def columns_of(
     told: SampleHints,
     key: GraphKey | None = None,
     tables: SegmentTables | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Filled]:
     """All that a step sends, filled up to the graph's sizes where it has one.
 
@@ -38,6 +40,12 @@ def columns_of(
         sent["adapter_order"] = (tables.order, tokens, 0)
         sent["adapter_tiles"] = (tables.tiles, room, 0)
         sent["adapter_directories"] = (tables.directories, room, 0)
+    if asked is not None:
+        sent["repetition"] = (asked.repetition, samples, 1)
+        sent["presence"] = (asked.presence, samples, 0)
+        sent["frequency"] = (asked.frequency, samples, 0)
+        sent["seen_row"] = (asked.seen_row, samples, -1)
+        sent["bias_row"] = (asked.bias_row, samples, -1)
     if not drawing:  # argmax reads nothing of the rest
         return sent
     return sent | {
@@ -73,4 +81,4 @@ def most_words(max_tokens: int, max_seqs: int, slots: Slots, shape: Shape) -> in
     """Room for the columns of the largest step, table entries that it changes, adapters' tiles and scored prompts."""
     tokens, rows = max_tokens + 1024, max_seqs + 1024
     pieces = 2 * FIELDS * (tokens + shape.programs // shape.kv_heads)
-    return 16 * tokens + 16 * rows + pieces + 2 * slots.tables.size + 4096
+    return 16 * tokens + 24 * rows + pieces + 2 * slots.tables.size + 4096

@@ -20,6 +20,7 @@ from lmesh_worker.engine.logit_tables import Adjusting
 from lmesh_worker.engine.slots import Slots
 
 _DRAWING = ("temperature", "top_p", "top_k", "floor", "seed", "choice", "position")
+_ADJUSTING = ("repetition", "presence", "frequency", "seen_row", "bias_row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,6 @@ class ViewedInputs:
         told: SampleHints,
         room: AdapterRoom | None,
         prompts: tuple[Prompt, ...] = (),
-        adjusting: Adjusting | None = None,
     ) -> StepInputs:
         """`views` are of `columns_of`; `room` is that of adapters, where rows have some."""
         assert self._slots.device_tables is not None
@@ -61,6 +61,7 @@ class ViewedInputs:
             work=_work(views, launches, prompts),
         )
         params = self._unread if not told.any_random else SampleParams(**{n: views[n] for n in _DRAWING})
+        adjusting = Adjusting(**{n: views[n] for n in _ADJUSTING}) if "repetition" in views else None
         sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
         return StepInputs(batch=batch, sampling=sampling)
 
