@@ -136,6 +136,22 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.Monkey
     assert engine.load().kv_blocks_used == 0
 
 
+def test_what_is_warmed_up_while_nobody_waits_is_captured_and_leaves_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = starts()[2:4]
+    expected = engine_of(tiny).generate(told)
+    engine = engine_of(tiny)
+    steps, _ = replaying(engine, monkeypatch)
+    engine.cold.extend([(Params(), True), (Params(temperature=1.0), True), (Params(temperature=1.0, top_p=0.9), True)])
+    while engine.cold:
+        engine.warm_next()
+    assert steps.graphs is not None
+    assert {key.mode for key in steps.graphs._captured} == {"greedy", "random", "truncated"}
+    assert engine.load().kv_blocks_used == 0
+    assert engine.generate(told) == expected
+
+
 def test_penalties_and_biases_ride_in_replayed_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (
         {"presence_penalty": 1.5, "frequency_penalty": 0.5},
