@@ -90,12 +90,16 @@ def test_rope_kv(
     slots = torch.randperm(80, generator=torch.Generator().manual_seed(2))[:rows].to(device)
     norms = (draw(head_dim, seed=3, **told), draw(head_dim, seed=4, **told)) if normed else (None, None)
     found, expected = (torch.full((2, 5, 16, kv_heads, head_dim), torch.nan, **told) for _ in range(2))  # type: ignore[arg-type]
-    ours = rope_kv_triton(qkv.clone(), rotation, slots.int(), found[0], found[1], *norms, 1e-6)
+    used = qkv.clone()
+    ours = rope_kv_triton(used, rotation, slots.int(), found[0], found[1], *norms, 1e-6)
     theirs = rope_kv_reference(
         qkv.clone(), rotation, slots, expected[0], expected[1], q_norm=norms[0], k_norm=norms[1], eps=1e-6
     )
     assert_near(ours, theirs)
     torch.testing.assert_close(found, expected, rtol=BOUND[dtype], atol=BOUND[dtype], equal_nan=True)
+    # k is left in its place as the cache has it, v as it came.
+    left = used.view(rows, -1, head_dim)[:, heads:].unflatten(1, (2, kv_heads))
+    assert torch.equal(left.transpose(0, 1), found.flatten(1, 2)[:, slots])
 
 
 @pytest.mark.parametrize(("device", "dtype"), CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 from lmesh_kernels.ops.low_rank import LowRank, Part
 from lmesh_kernels.ops.segmented_lora import AdapterSegment, ServedProduct, add_adapters_reference_
-from lmesh_kernels.ops.segmented_plan import SegmentPlan, cut_segments, directory_of
+from lmesh_kernels.ops.segmented_plan import SegmentPlan, SegmentTables, cut_segments, directory_of
 from torch import Tensor
 
 SHAPES = ((72, (48, 16, 16)), (64, (40,)), (130, (96, 96)))
 NUMBERS = {"elsewhere": 0, "here": 1}
+
+
+def plan_of(tables: SegmentTables, put: Callable[[Any], Tensor]) -> SegmentPlan:
+    return SegmentPlan(
+        numbers=NUMBERS,
+        order=put(tables.order),
+        tiles=put(tables.tiles),
+        directories=put(tables.directories),
+        height=tables.height,
+        most_ranks=tables.most_ranks,
+    )
 
 
 class Case:
@@ -53,7 +65,7 @@ class Case:
         mine = [self.products[i] for i in self.rows]
         self.directories = [directory_of({"here": (p.low, p.factors)}, NUMBERS, self.device) for p in mine]
         most = max(p.low.a.shape[0] for p in mine)  # type: ignore[union-attr]
-        return cut_segments(list(self.rows.values()), self.directories, most).on_device(NUMBERS, put)
+        return plan_of(cut_segments(list(self.rows.values()), self.directories, most), put)
 
     def expected(self, bias: Tensor | None) -> Tensor:
         y = self.y.clone()
@@ -116,7 +128,7 @@ def test_room_to_spare_changes_nothing() -> None:
 
 def test_tiles_cover_each_row_once() -> None:
     rows = [np.arange(0, 130, 2), np.arange(1, 40, 2)]
-    plan = cut_segments(rows, [torch.zeros(1), torch.zeros(1)], 8).on_device(NUMBERS, torch.from_numpy)
+    plan = plan_of(cut_segments(rows, [torch.zeros(1), torch.zeros(1)], 8), torch.from_numpy)
     assert plan.height == 64 and plan.num_rows == sum(map(len, rows))
     covered = [
         (adapter, int(row))
@@ -124,5 +136,5 @@ def test_tiles_cover_each_row_once() -> None:
         for row in plan.order[first : first + count]
     ]
     assert covered == [(i, int(row)) for i, own in enumerate(rows) for row in own]
-    small = cut_segments([np.arange(5)], [torch.zeros(1)], 8).on_device(NUMBERS, torch.from_numpy)
+    small = plan_of(cut_segments([np.arange(5)], [torch.zeros(1)], 8), torch.from_numpy)
     assert (small.height, small.num_tiles) == (16, 1)

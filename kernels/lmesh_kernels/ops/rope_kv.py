@@ -25,6 +25,7 @@ def rope_kv(
     qkv [T, (heads + 2 * kv_heads) * head_dim], q then k then v, may be overwritten; rotation [T, head_dim] float32;
     kv_slots [T] int64 (int32 will do on accelerators), all different;
     keys, values [blocks, block_size, kv_heads, head_dim], written in place;
+    on an accelerator q and k are left in their places in qkv, normed and rotated, as `attend_prompt` reads them;
     q_norm, k_norm [head_dim]: weights of the norm taken over each head before the rotation, or None.
     Returns q [T, heads, head_dim].
     """

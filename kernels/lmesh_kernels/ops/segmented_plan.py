@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,24 +63,13 @@ def directory_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SegmentTables:
-    """The same on the host."""
+    """The same on the host, before it is sent."""
 
     order: np.ndarray
     tiles: np.ndarray
     directories: np.ndarray
     height: int
     most_ranks: int
-
-    def on_device(self, numbers: Mapping[str, int], put: Callable[[np.ndarray], Tensor]) -> SegmentPlan:
-        """`put` copies to the device."""
-        return SegmentPlan(
-            numbers=numbers,
-            order=put(self.order),
-            tiles=put(self.tiles),
-            directories=put(self.directories),
-            height=self.height,
-            most_ranks=self.most_ranks,
-        )
 
 
 def cut_segments(rows: Sequence[np.ndarray], directories: Sequence[Tensor], most_ranks: int) -> SegmentTables:

@@ -57,8 +57,21 @@ class Arena:
         self._used = 0
 
     def put(self, column: Column, capacity: int | None = None, fill: int = 0) -> Tensor:
-        """Writes a column, and `fill` up to `capacity` rows; the device's view of it, valid after `upload`."""
-        place = self.write(column, capacity, fill)
+        """Writes a column, and `fill` up to `capacity` rows; the device's view of it, valid after `upload`.
+
+        ValueError where the arena is full.
+        """
+        place, size = self._used, words(column, capacity)
+        if place + size > self.capacity:
+            raise ValueError(f"a step's columns take more than {self.capacity} words")
+        self._used += size
+        if place == 0:
+            self._layouts[self._turn] = None
+        host = self._host[self._turn][place : place + size].view(column.dtype)
+        flat = column.reshape(-1)
+        host[: len(flat)] = flat
+        if capacity is not None:
+            host[len(flat) :] = fill
         rows = len(column) if capacity is None else capacity
         return self.view(place, (rows, *column.shape[1:]), column.dtype)
 
@@ -93,21 +106,6 @@ class Arena:
                 room[count:] = fill
             held[name] = column
         self._used = layout.words
-
-    def write(self, column: Column, capacity: int | None = None, fill: int = 0) -> int:
-        """As `put`, without a view; returns the place. ValueError where the arena is full."""
-        place, size = self._used, words(column, capacity)
-        if place + size > self.capacity:
-            raise ValueError(f"a step's columns take more than {self.capacity} words")
-        self._used += size
-        if place == 0:
-            self._layouts[self._turn] = None
-        host = self._host[self._turn][place : place + size].view(column.dtype)
-        flat = column.reshape(-1)
-        host[: len(flat)] = flat
-        if capacity is not None:
-            host[len(flat) :] = fill
-        return place
 
     def view(self, place: int, shape: Sequence[int], dtype: np.dtype[np.generic]) -> Tensor:
         """What stands at a place of the device's twin."""

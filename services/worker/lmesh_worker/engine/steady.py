@@ -19,8 +19,8 @@ from lmesh_worker.engine.slots import Slots
 class Steady:
     """A step of decodes whose ids the device alone knows, and all that it sent.
 
-    What follows it is made from it in a few array operations, whatever the number of rows: of 64 rows a step's columns
-    cost the host 30 us instead of 145.
+    What follows it is made from it in a few array operations, whatever the number of rows: a step of 64 took the host
+    303 us instead of 455 (one core of an Intel Xeon, no device).
     """
 
     rows: list[Row]
