@@ -110,7 +110,7 @@ class Replayed:
 def replaying(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceSteps, list[Steady | None]]:
     """An accelerator's steps one ahead, with stand-ins for graphs; and the steps that followed one another."""
     steps = on_kernels(engine, monkeypatch)
-    steps.graphs = StepGraphs(steps._shape, max_seqs=5)
+    steps.graphs = StepGraphs(steps._shape, max_seqs=5, most_tokens=1024)
     monkeypatch.setattr(steps.graphs, "_record", Replayed)
     engine.depth, engine._runner._out = 1, [*engine._runner._out, engine._runner._out[0].clone()]
     steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)

@@ -52,7 +52,7 @@ def went_on(told: list[Sequence]) -> None:
 
 def steady_of(rows: list[Row], columns: StepColumns) -> Steady:
     pieces = plan_pieces(columns.q_lens, columns.kv_lens, SHAPE, names=columns.slots)
-    key = StepGraphs(SHAPE, max_seqs=6).key(len(rows), len(rows), pieces, TOLD)
+    key = StepGraphs(SHAPE, max_seqs=6, most_tokens=1024).key(len(rows), len(rows), pieces, TOLD)
     assert key is not None and is_steady(columns)
     return Steady(rows=rows, columns=columns, pieces=pieces, told=TOLD, key=key, sent={})
 

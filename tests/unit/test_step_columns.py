@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from lmesh_kernels.ops.attention_work import Shape, plan_pieces
+from lmesh_kernels.ops.attention_work import LEAST_SPLIT, Shape, plan_pieces
 from lmesh_kernels.ops.sample_params import SampleHints
 from lmesh_kernels.platforms import detect
 from lmesh_worker.engine.buffers import Arena, Layout
@@ -105,10 +106,10 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     table.take_in([row.sequence for row in plan.rows])
     columns = gather(plan, table, BLOCK)
     pieces = plan_pieces(columns.q_lens, columns.kv_lens, SHAPE, names=columns.slots)
-    graphs = StepGraphs(SHAPE, max_seqs=6)
+    graphs = StepGraphs(SHAPE, max_seqs=6, most_tokens=1024)
     key = graphs.key(columns.num_tokens, 3, pieces, GREEDY)
     assert key is not None and key.tokens >= 3 and key.samples >= 3
-    bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, has_parts=True, mode="greedy")
+    bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, joined=6, mode="greedy")
     arena = Arena(detect("cpu"), capacity=1 << 14, sets=1)
     arena.begin()
     filled = columns_of(columns, pieces, table, SampleHints(), bigger)
@@ -132,15 +133,28 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
 
 
 def test_sizes_hold_what_they_are_for() -> None:
-    graphs = StepGraphs(SHAPE, max_seqs=100)
-    for tokens in (1, 3, 9, 33, 100, 101, 1024):
+    graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
+    for tokens in (1, 3, 9, 33, 100, 101, 1024, 2048):
         pieces = plan_pieces(np.ones(tokens, np.int32), np.full(tokens, 5, np.int32), SHAPE)
         key = graphs.key(tokens, min(tokens, 100), pieces, GREEDY)
         assert key is not None and key.tokens >= tokens and key.narrow >= len(pieces.narrow)
-    assert graphs.key(1025, 1, pieces, GREEDY) is None
+    assert graphs.key(2049, 1, pieces, GREEDY) is None
     assert graphs.key(8, 101, pieces, GREEDY) is None
     assert (size_above(5, (1, 5, 9)), size_above(6, (1, 5, 9)), size_above(10, (1, 5, 9))) == (5, 9, None)
     assert not graphs.due(key) and graphs.due(key)
+
+
+def test_rows_that_may_have_parts_are_joined_and_few_others() -> None:
+    graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
+    long = np.full(3, 9 * LEAST_SPLIT, np.int32)
+    for q_lens, programs, joined in (([1, 1, 1], 8, 3), ([1, 1, 90], 1024, 92), ([1, 1, 90], 1, 0)):
+        shape = replace(SHAPE, programs=programs)
+        pieces = plan_pieces(np.array(q_lens, np.int32), long, shape)
+        key = graphs.key(sum(q_lens), 3, pieces, GREEDY)
+        assert (
+            key is not None
+            and (0 if not joined else key.tokens if joined > 3 else 3) == key.joined >= pieces.joined == joined
+        )
 
 
 def test_decodes_over_one_prefix_come_together() -> None:
@@ -159,7 +173,7 @@ def test_decodes_over_one_prefix_come_together() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device that has graphs captures this one")
 def test_a_size_that_cannot_be_captured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    graphs = StepGraphs(SHAPE, max_seqs=6)
+    graphs = StepGraphs(SHAPE, max_seqs=6, most_tokens=1024)
     key = graphs.key(3, 3, plan_pieces(np.ones(3, np.int32), np.full(3, 5, np.int32), SHAPE), GREEDY)
     assert key is not None and not graphs.due(key) and graphs.due(key)
     graphs.capture(key, Layout([], 0, []), lambda: pytest.fail("nothing is recorded without a graph"))

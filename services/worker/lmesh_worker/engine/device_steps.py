@@ -39,6 +39,7 @@ from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sent_columns import columns_of, most_words, moving_columns
 from lmesh_worker.engine.slots import Slots
 from lmesh_worker.engine.steady import Steady, is_steady
+from lmesh_worker.engine.step_sizes import captured_tokens
 from lmesh_worker.engine.viewed_inputs import Launches, ViewedInputs
 
 
@@ -67,7 +68,9 @@ class DeviceSteps:
         self._inputs = ViewedInputs(slots, bank, max_seqs=max_seqs)
         self._steady: Steady | None = None
         self._arena = Arena(platform, capacity=most_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
-        self.graphs = StepGraphs(self._shape, max_seqs=max_seqs) if graphs and platform.supports_graphs else None
+        self.graphs: StepGraphs | None = None
+        if graphs and platform.supports_graphs:
+            self.graphs = StepGraphs(self._shape, max_seqs=max_seqs, most_tokens=captured_tokens(decoder.config))
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
         """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
@@ -185,7 +188,7 @@ class DeviceSteps:
 
             return replay
         views = {name: self._arena.put(*filled) for name, filled in sent.items()}
-        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
+        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.joined)
         inputs, layout = self._inputs.of(views, kinds, told, key.adapters), self._arena.lay_out(sent)
         changes = self._changes()
 

@@ -24,40 +24,16 @@ from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.logit_tables import TableKinds
 
-# Decodes are filled up by an eighth at most from 8 on. Steps with more tokens than the last size run as they are: what
-# launching costs them is small beside their work (16 layers: about 1 ms of the host beside 10 ms of the device).
+# Decodes are filled up by an eighth at most from 8 on, and so are steps with prompts from 1,024 tokens on.
 _ROWS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    12,
-    14,
-    16,
-    20,
-    24,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    72,
-    80,
-    96,
-    112,
-    128,
-    144,
-    160,
-    192,
-    224,
+    *range(1, 8),
+    *range(8, 16, 2),
+    *range(16, 32, 4),
+    *range(32, 80, 8),
+    *range(80, 160, 16),
+    *range(160, 256, 32),
 )
-_TOKENS = (256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_TOKENS = (*range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 128), *range(2048, 4097, 256))
 _MOST_GRAPHS = 256
 
 log = logging.getLogger(__name__)
@@ -95,10 +71,15 @@ class GraphKey:
     narrow: int  # room for pieces
     wide: int
     has_wide: bool
-    has_parts: bool
+    joined: int  # rows, as `AttentionWork.joined`
     mode: Mode
     adapters: AdapterRoom | None = None
     tables: TableKinds | None = None  # of penalties and biases, where some row has them
+
+
+def _joined_rows(joined: int, samples: int, tokens: int) -> int:
+    """Of so many rows that may have parts, as many as a graph joins: decodes come first, a chunk may have some too."""
+    return 0 if not joined else samples if joined <= samples else tokens
 
 
 def size_above(count: int, sizes: Sequence[int]) -> int | None:
@@ -119,10 +100,11 @@ class Captured:
 class StepGraphs:
     """The graphs of one runner, least lately used first out."""
 
-    def __init__(self, shape: Shape, *, max_seqs: int) -> None:
+    def __init__(self, shape: Shape, *, max_seqs: int, most_tokens: int) -> None:
+        """Steps of more than `most_tokens` run as they are: launching them takes less than their work."""
         self._shape = shape
         self._rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
-        self._tokens = (*self._rows, *(n for n in _TOKENS if n > max_seqs))
+        self._tokens = (*self._rows, *(n for n in _TOKENS if max_seqs < n <= most_tokens))
         self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
         self._refused: set[GraphKey] = set()
@@ -152,7 +134,7 @@ class StepGraphs:
             narrow=room,
             wide=room,
             has_wide=bool(len(pieces.wide)),
-            has_parts=pieces.joined > 0,
+            joined=_joined_rows(pieces.joined, rows, size),
             mode=mode_of(hints),
             adapters=adapters,
             tables=tables,

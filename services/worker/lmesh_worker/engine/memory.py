@@ -13,14 +13,15 @@ from lmesh_kernels.platforms.platform import Platform
 
 from lmesh_worker.engine.config import ConfigError, EngineConfig
 from lmesh_worker.engine.logit_tables import LogitTables
+from lmesh_worker.engine.step_sizes import captured_tokens, step_tokens
 
 log = logging.getLogger(__name__)
 
 # (sequences, tokens) of a step, share of free memory, cap of the KV cache in bytes (0: none) by kind of device. A
 # CPU shares its memory with everything else on the machine, so it takes a smaller share and no more than it needs.
 _DEFAULTS = {"cpu": (32, 512, 0.4, 4 << 30)}
-# Of an accelerator the tokens are a prompt of 8,192 beside a row of every sequence: such prompts are not cut.
-_DEVICE_DEFAULTS = (256, 8192 + 256, 0.9, 0)
+# Of an accelerator a step's tokens depend on the model (`step_sizes`).
+_DEVICE_DEFAULTS = (256, 0, 0.9, 0)
 # Tokens of a KV block: on an accelerator as many as attention takes at once, so that it looks each block up once.
 _BLOCK = {"cpu": 16}
 _BLOCK_DEVICE = 64
@@ -54,7 +55,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     """
     seqs, tokens, fraction, cap = _DEFAULTS.get(platform.name, _DEVICE_DEFAULTS)
     dtype = platform.default_dtype() if config.dtype == "auto" else _DTYPES[config.dtype]
-    max_tokens = config.max_step_tokens or tokens
+    max_tokens = config.max_step_tokens or tokens or step_tokens(model, seqs)
     max_seqs = config.max_seqs or min(seqs, max_tokens)
     if max_seqs > max_tokens:
         raise ConfigError(f"max_seqs {max_seqs} exceeds max_step_tokens {max_tokens}: every sequence needs one token")
@@ -66,6 +67,10 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         raise ConfigError(f"batch_invariant needs bfloat16 or float16 on a CUDA device, not {dtype} on {platform.name}")
     weights = parameter_bytes(model, dtype, quantisation)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
+    graphs = 0  # what steps captured as graphs hold, of the largest: they share it among themselves
+    if platform.supports_graphs and not config.enforce_eager:
+        most = min(max_tokens, captured_tokens(model))
+        graphs = activation_bytes(model, most, max_seqs, dtype, device_type=platform.device.type)
     tables = LogitTables.planned_bytes(max_seqs, model.vocab_size)
     activations += unfolded_bytes(model, dtype) if quantisation == "nf4" else 0
     block_size = config.block_size or _BLOCK.get(platform.name, _BLOCK_DEVICE)
@@ -76,19 +81,20 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
     packed = packed if weights + packed + activations + tables <= budget // 2 else 0
     adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
-    left = budget - weights - packed - activations - tables - adapters
+    left = budget - weights - packed - activations - graphs - tables - adapters
     kv_blocks = _kv_blocks(config, block, left, cap)
     lines = {
         "free": free,
         "weights": weights,
         "packed_weights": packed,
         "activations": activations,
+        "graphs": graphs,
         "logit_tables": tables,
         "adapters": adapters,
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - tables - adapters)
+    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - graphs - tables - adapters)
     max_model_len = _max_model_len(config, model, kv_blocks, block_size, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(
