@@ -147,14 +147,11 @@ def test_sizes_hold_what_they_are_for() -> None:
 def test_rows_that_may_have_parts_are_joined_and_few_others() -> None:
     graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
     long = np.full(3, 9 * LEAST_SPLIT, np.int32)
-    for q_lens, programs, joined in (([1, 1, 1], 8, 3), ([1, 1, 90], 1024, 92), ([1, 1, 90], 1, 0)):
-        shape = replace(SHAPE, programs=programs)
-        pieces = plan_pieces(np.array(q_lens, np.int32), long, shape)
+    cases = (([1, 1, 1], 8, 3, 3), ([1, 1, 90], 1024, 92, 96), ([1, 1, 90], 1, 0, 0))
+    for q_lens, programs, with_parts, joined in cases:
+        pieces = plan_pieces(np.array(q_lens, np.int32), long, replace(SHAPE, programs=programs))
         key = graphs.key(sum(q_lens), 3, pieces, GREEDY)
-        assert (
-            key is not None
-            and (0 if not joined else key.tokens if joined > 3 else 3) == key.joined >= pieces.joined == joined
-        )
+        assert key is not None and (pieces.joined, key.joined) == (with_parts, joined)
 
 
 def test_decodes_over_one_prefix_come_together() -> None:
