@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.device_steps import DeviceSteps
 from lmesh_worker.engine.engine import Engine
+from lmesh_worker.engine.first_times import first_times
 from lmesh_worker.engine.graphs import StepGraphs
 from lmesh_worker.engine.plan import Row
 from lmesh_worker.engine.slots import Slots
@@ -143,11 +145,13 @@ def test_what_is_warmed_up_while_nobody_waits_is_captured_and_leaves_nothing(
     expected = engine_of(tiny).generate(told)
     engine = engine_of(tiny)
     steps, _ = replaying(engine, monkeypatch)
-    engine.cold.extend([(Params(), True), (Params(temperature=1.0), True), (Params(temperature=1.0, top_p=0.9), True)])
+    assert steps.graphs is not None
+    engine.cold = first_times(True, ((1, 3), (40,)), max_tokens=48, max_seqs=5, max_len=48)
     while engine.cold:
         engine.warm_next()
-    assert steps.graphs is not None
-    assert {key.mode for key in steps.graphs._captured} == {"greedy", "random", "truncated"}
+    captured = Counter(key.mode for key in steps.graphs._captured)
+    # One decode each, and of two kinds three decodes and a prompt of 40 tokens.
+    assert captured == {"greedy": 3, "random": 1, "truncated": 3}
     assert engine.load().kv_blocks_used == 0
     assert engine.generate(told) == expected
 

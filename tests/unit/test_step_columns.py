@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from lmesh_kernels.ops.attention_work import LEAST_SPLIT, Shape, plan_pieces
+from lmesh_kernels.ops.attention_work import Shape, plan_pieces
 from lmesh_kernels.ops.sample_params import SampleHints
 from lmesh_kernels.platforms import detect
 from lmesh_worker.engine.buffers import Arena, Layout
@@ -109,7 +108,7 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
     graphs = StepGraphs(SHAPE, max_seqs=6, most_tokens=1024)
     key = graphs.key(columns.num_tokens, 3, pieces, GREEDY)
     assert key is not None and key.tokens >= 3 and key.samples >= 3
-    bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, joined=6, mode="greedy")
+    bigger = GraphKey(tokens=6, samples=6, narrow=key.narrow, wide=0, has_wide=False, has_parts=True, mode="greedy")
     arena = Arena(detect("cpu"), capacity=1 << 14, sets=1)
     arena.begin()
     filled = columns_of(columns, pieces, table, SampleHints(), bigger)
@@ -144,14 +143,14 @@ def test_sizes_hold_what_they_are_for() -> None:
     assert not graphs.due(key) and graphs.due(key)
 
 
-def test_rows_that_may_have_parts_are_joined_and_few_others() -> None:
+def test_steps_with_prompts_have_few_sizes() -> None:
     graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
-    long = np.full(3, 9 * LEAST_SPLIT, np.int32)
-    cases = (([1, 1, 1], 8, 3, 3), ([1, 1, 90], 1024, 92, 96), ([1, 1, 90], 1, 0, 0))
-    for q_lens, programs, with_parts, joined in cases:
-        pieces = plan_pieces(np.array(q_lens, np.int32), long, replace(SHAPE, programs=programs))
-        key = graphs.key(sum(q_lens), 3, pieces, GREEDY)
-        assert key is not None and (pieces.joined, key.joined) == (with_parts, joined)
+    keys = set()
+    for counts in ([300], [1, 1, 298], [150, 149], [1] * 15 + [290]):
+        q_lens = np.array(counts, np.int32)
+        keys.add(graphs.key(int(q_lens.sum()), len(counts), plan_pieces(q_lens, q_lens + 2, SHAPE), GREEDY))
+    (key,) = keys
+    assert key is not None and (key.tokens, key.samples, key.has_parts) == (320, 16, True)
 
 
 def test_decodes_over_one_prefix_come_together() -> None:

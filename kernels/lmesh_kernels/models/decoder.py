@@ -123,12 +123,16 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, rotation, batch, attention)
         return self.norm.forward(x, residual)[0]
 
-    def logits(self, hidden: Tensor, *, widened: bool = True) -> Tensor:
-        """Logits [R, vocab] of the rows asked for, hidden [R, hidden]: float32, or in the model's own dtype."""
+    def logits(self, hidden: Tensor, *, widened: bool = True, out: Tensor | None = None) -> Tensor:
+        """Logits [R, vocab] of the rows asked for, hidden [R, hidden]: float32, or in the model's own dtype.
+
+        `out` is as `vocabulary_logits` has it.
+        """
         return vocabulary_logits(
             hidden,
             self._head_weight,
             self._packed_head,
             widened=widened,
+            out=out,
             batch_invariant=self._batch_invariant,
         )

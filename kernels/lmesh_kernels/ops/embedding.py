@@ -42,13 +42,15 @@ def vocabulary_logits(
     packed: Tensor | None = None,
     *,
     widened: bool = True,
+    out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """hidden [R, D] times weight [V, D]; returns logits [R, V], float32 or in hidden's dtype.
 
-    `packed` is `ops.linear.pack` of the weight; `batch_invariant` is as in `ops.linear.linear`.
+    `out` [R, V] in hidden's dtype, if given, is where they are written to before they are widened. `packed` is
+    `ops.linear.pack` of the weight; `batch_invariant` is as in `ops.linear.linear`.
     """
-    logits = linear(hidden, weight, packed=packed, batch_invariant=batch_invariant)
+    logits = linear(hidden, weight, packed=packed, out=out, batch_invariant=batch_invariant)
     return logits.float() if widened else logits
 
 

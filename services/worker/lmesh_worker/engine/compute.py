@@ -17,9 +17,9 @@ from lmesh_worker.engine.logit_tables import LogitTables
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutputs:
-    """What a step leaves on its device. A graph's is overwritten by the next step."""
+    """What a step leaves on its device; the next step may overwrite it."""
 
-    hidden: Tensor  # [T, hidden]
+    hidden: Tensor | None  # [T, hidden]; a graph keeps none
     logits: Tensor  # [R, vocab]
     ids: Tensor  # [R] int64
     drawn: Tensor  # [9 * R] bytes: the ids, then whether each one's logits were finite
@@ -35,18 +35,27 @@ Compute = Callable[[], StepOutputs]
 
 
 def compute_step(
-    decoder: Decoder, attention: PagedAttention, last_ids: Tensor, tables: LogitTables, inputs: StepInputs
+    decoder: Decoder,
+    attention: PagedAttention,
+    last_ids: Tensor,
+    tables: LogitTables,
+    inputs: StepInputs,
+    room: Tensor | None = None,
 ) -> StepOutputs:
-    """Runs one step; `last_ids` [slots] gives ids to it and takes the new ones. Nothing in it asks the device."""
+    """Runs one step; `last_ids` [slots] gives ids to it and takes the new ones. Nothing in it asks the device.
+
+    `room` [most rows, vocab] in the model's dtype is where logits are written to, if given.
+    """
     hidden = decoder.forward(inputs.batch, attention)
-    return _sampled(decoder, hidden, inputs.sampling, last_ids, tables)
+    return _sampled(decoder, hidden, inputs.sampling, last_ids, tables, room)
 
 
 def _sampled(
-    decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor, tables: LogitTables
+    decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor, tables: LogitTables, room: Tensor | None
 ) -> StepOutputs:
     count = len(sampling.rows)
-    logits = decoder.logits(hidden.index_select(0, sampling.rows), widened=False)
+    rows = hidden.index_select(0, sampling.rows)
+    logits = decoder.logits(rows, widened=False, out=None if room is None else room[:count])
     drawn = torch.empty(9 * count, dtype=torch.uint8, device=hidden.device)
     ids, finite = drawn_views(drawn)
     if count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.lora.bank import AdapterBank
 from lmesh_kernels.models.decoder import Decoder
@@ -68,6 +69,9 @@ class DeviceSteps:
         self._inputs = ViewedInputs(slots, bank, max_seqs=max_seqs)
         self._steady: Steady | None = None
         self._arena = Arena(platform, capacity=most_words(max_tokens, max_seqs, slots, self._shape), sets=depth + 1)
+        # All steps' logits: a graph that kept its own would keep 65 MB of 256 rows of a vocabulary of 128,256.
+        vocab = decoder.config.vocab_size
+        self._logits = torch.empty(max_seqs, vocab, dtype=decoder.dtype, device=slots.last_ids.device)
         self.graphs: StepGraphs | None = None
         if graphs and platform.supports_graphs:
             self.graphs = StepGraphs(self._shape, max_seqs=max_seqs, most_tokens=captured_tokens(decoder.config))
@@ -92,7 +96,8 @@ class DeviceSteps:
         asked = self._tables.ask(sampled(plan)) if self._slots.adjusts[columns.sample_slots].any() else None
         key = None
         # With adapters only decodes: a chunk among them has tiles of any number.
-        if not prompts and (tables is None or columns.num_decodes == len(columns.slots)):
+        scored = any(row.prompt_logits for row in plan.rows)
+        if not prompts and not scored and (tables is None or columns.num_decodes == len(columns.slots)):
             room = None if tables is None else AdapterRoom.of(tables)
             key = self._key(columns, pieces, told, room, None if asked is None else self._tables.kinds)
         if key is None:
@@ -188,7 +193,7 @@ class DeviceSteps:
 
             return replay
         views = {name: self._arena.put(*filled) for name, filled in sent.items()}
-        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.joined)
+        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
         inputs, layout = self._inputs.of(views, kinds, told, key.adapters), self._arena.lay_out(sent)
         changes = self._changes()
 
@@ -203,7 +208,8 @@ class DeviceSteps:
         return compute
 
     def _compute(self, inputs: StepInputs) -> StepOutputs:
-        return compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs)
+        of = self._decoder, self._attention, self._slots.last_ids, self._tables
+        return compute_step(*of, inputs, self._logits)
 
     def _changes(self) -> tuple[Tensor, Tensor] | None:
         changes = self._slots.changes()

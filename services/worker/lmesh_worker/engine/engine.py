@@ -23,13 +23,14 @@ from lmesh_worker.engine.batcher import Batcher
 from lmesh_worker.engine.block_pool import BlockPool
 from lmesh_worker.engine.commit import Committer
 from lmesh_worker.engine.config import EngineConfig
+from lmesh_worker.engine.first_times import first_times, plan_of
 from lmesh_worker.engine.memory import MemoryPlan, plan_memory
 from lmesh_worker.engine.outputs import ReportBuilder
-from lmesh_worker.engine.plan import Row, StepPlan
+from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.quarantine import STEP_FAILED, isolate
 from lmesh_worker.engine.runner import Runner, StepResult
 from lmesh_worker.engine.sequence import Sequence
-from lmesh_worker.messages import Finish, Load, Params, Start, StepReport
+from lmesh_worker.messages import Finish, Load, Start, StepReport
 from lmesh_worker.start_check import Limits, find_fault
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,14 @@ class Engine:
         self._gauges_changed = False
         self._arrivals = 0
         self._steps = 0
-        # First-time work that is still to do, by what asks for it: how ids are drawn, in decodes or prompts.
-        drawn = (Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9))
-        kinds = (False,) if self.platform.device.type == "cpu" else (False, True)
-        self.cold = deque((params, decodes) for params in drawn for decodes in kinds)
+        self.cold = first_times(
+            self.platform.device.type != "cpu",
+            self._runner.graph_sizes,
+            max_tokens=plan.max_step_tokens,
+            max_seqs=plan.max_seqs,
+            max_len=plan.max_model_len,
+        )
+        self._first_tenure = -2
         self._reported_at, self._reported_steps = 0.0, 0
 
     # -- commands
@@ -257,16 +262,17 @@ class Engine:
 
     def warm_next(self) -> None:
         """Does the next piece of first-time work."""
-        params, decodes = self.cold.popleft()
-        count = min(4, self.plan.block_size, self.plan.max_model_len)
-        # Past the batcher and the pool: the block is nobody's, and no counter moves.
-        sequence = Sequence(Start(-1, "warm-up", 0, [0] * count, count, params), b"", 0)
-        sequence.blocks, sequence.slot = [self.kv.num_blocks - 1], 0
-        sequence.tenure = -2 - len(self.cold)  # like no other's, so that its parameters are read
-        # A step that comes twice is captured.
-        rows = [Row(sequence, count - 1, 1, True, 0)] * 2 if decodes else [Row(sequence, 0, count, True, 0)]
-        for row in rows:
-            self._runner.launch(StepPlan([row])).result()
+        piece = self.cold.popleft()
+        plan = plan_of(
+            piece,
+            tenure=self._first_tenure,
+            spare_block=self.kv.num_blocks - 1,
+            block_size=self.plan.block_size,
+            max_len=self.plan.max_model_len,
+        )
+        self._first_tenure -= len(plan.rows)
+        for _ in range(piece.times):
+            self._runner.launch(plan).result()
 
     def close(self) -> None:
         """Waits for launched work and gives the device back."""

@@ -12,7 +12,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +34,9 @@ _ROWS = (
     *range(160, 256, 32),
 )
 _TOKENS = (*range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 128), *range(2048, 4097, 256))
+# Sampling rows of steps with more tokens than rows: what they add to such a step is little, so few sizes will do, and
+# for the same reason all are taken to have parts.
+_MIXED_ROWS = (16, 64)
 _MOST_GRAPHS = 256
 
 log = logging.getLogger(__name__)
@@ -71,15 +74,10 @@ class GraphKey:
     narrow: int  # room for pieces
     wide: int
     has_wide: bool
-    joined: int  # rows, as `AttentionWork.joined`
+    has_parts: bool
     mode: Mode
     adapters: AdapterRoom | None = None
     tables: TableKinds | None = None  # of penalties and biases, where some row has them
-
-
-def _joined_rows(joined: int, samples: int, tokens: int) -> int:
-    """Of so many rows that may have parts, as many as a graph joins: decodes come first, a chunk may have some too."""
-    return 0 if not joined else samples if joined <= samples else tokens
 
 
 def size_above(count: int, sizes: Sequence[int]) -> int | None:
@@ -104,7 +102,9 @@ class StepGraphs:
         """Steps of more than `most_tokens` run as they are: launching them takes less than their work."""
         self._shape = shape
         self._rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
+        self._most_rows = max_seqs
         self._tokens = (*self._rows, *(n for n in _TOKENS if max_seqs < n <= most_tokens))
+        self._mixed_rows = (*(n for n in _MIXED_ROWS if n < max_seqs), max_seqs)
         self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
         self._refused: set[GraphKey] = set()
@@ -121,7 +121,9 @@ class StepGraphs:
         tables: TableKinds | None = None,
     ) -> GraphKey | None:
         """The graph for such a step; None where none is kept of its size."""
-        size, rows = size_above(tokens, self._tokens), size_above(max(1, samples), self._rows)
+        size = size_above(tokens, self._tokens)
+        mixed = size is not None and size > self._most_rows
+        rows = size_above(max(1, samples), self._mixed_rows if mixed else self._rows)
         if size is None or rows is None:
             return None
         # Splitting adds no more pieces than programs have heads to take up.
@@ -134,11 +136,16 @@ class StepGraphs:
             narrow=room,
             wide=room,
             has_wide=bool(len(pieces.wide)),
-            joined=_joined_rows(pieces.joined, rows, size),
+            has_parts=mixed or pieces.joined > 0,
             mode=mode_of(hints),
             adapters=adapters,
             tables=tables,
         )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens of the steps that are kept: of decodes, and of steps with more tokens than rows."""
+        return self._rows, self._tokens[len(self._rows) :]
 
     def find(self, key: GraphKey) -> Captured | None:
         """The graph, if it was captured."""
@@ -177,4 +184,5 @@ class StepGraphs:
             outputs = compute()
         finally:
             graph.capture_end()
-        return Captured(graph=graph, layout=layout, outputs=outputs)
+        # Memory that a graph does not keep is the next one's too: a step's results are read before another is launched.
+        return Captured(graph=graph, layout=layout, outputs=replace(outputs, hidden=None))

@@ -87,6 +87,12 @@ class Runner:
         self._out = [platform.staging((9 * max_seqs,), torch.uint8) for _ in range(depth + 1)]
         self._launched = 0
 
+    @property
+    def graph_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """As `StepGraphs.sizes`; None where steps are not captured."""
+        graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
+        return None if graphs is None else graphs.sizes
+
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
         """Starts a step after those launched before; whatever goes wrong, its result raises it.
 
@@ -110,6 +116,7 @@ class Runner:
             drawn.copy_(outputs.drawn, non_blocking=True)
             result.logprobs = self._chosen_logprobs(outputs, columns)
         for wanted in scoring:
+            assert outputs.hidden is not None
             result.prompt_logprobs[wanted.row] = self._score_prompt(outputs.hidden, wanted)
         return result
 
