@@ -19,7 +19,8 @@ from mesh_system import request_of
 from process_age import now
 from workloads import Ids, Job
 
-_STREAMS_A_CHANNEL = 8  # each channel is a connection, and so lands at a gateway process of its own
+# Of a process: each is a connection, as each of so many clients would have one, and lands at one gateway process.
+_MOST_CHANNELS = 16
 _TIMEOUT_S = 600.0
 
 
@@ -58,8 +59,8 @@ class Client:
         self._order = order
         count = order.streams or len(order.arrivals)
         options = [("grpc.use_local_subchannel_pool", 1)]
-        channels = max(1, min(16, -(-count // _STREAMS_A_CHANNEL)))
-        self._channels = [grpc.aio.insecure_channel(order.target, options=options) for _ in range(channels)]
+        channels = range(max(1, min(_MOST_CHANNELS, count)))
+        self._channels = [grpc.aio.insecure_channel(order.target, options=options) for _ in channels]
         self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         ids = Ids(random.Random(order.seed), min(100, order.vocab // 2), min(10_000, order.vocab))
         total = order.streams * order.rounds or len(order.arrivals)

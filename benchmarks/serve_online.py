@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1, help="requests one after the other in each stream")
     parser.add_argument("--runs", type=int, default=3, help="of each case, after a warm-up that is not counted")
+    parser.add_argument("--settle", type=float, default=0.0, help="seconds of rest after the first warm-up")
     parser.add_argument("--gateways", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 3)))
     parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 3)))
     parser.add_argument("--goal-ttft-ms", type=float, default=500.0)
@@ -74,6 +76,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         source = str(save_shape(Path(folder), args.model, tokenizer=True)) if args.model else args.path
         mesh = MeshSystem(source, gateways=args.gateways, load_format="dummy" if args.model else "auto")
         try:
+            if args.settle:
+                _run(args, mesh, streams=1, seed=0)
+                time.sleep(args.settle)
             rows = [_closed(args, mesh, streams) for streams in args.streams]
             rows += [_poisson(args, mesh, rate) for rate in args.rate]
         finally:

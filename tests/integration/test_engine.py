@@ -236,13 +236,13 @@ def sabotage(engine: Engine, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Makes the decoder raise on, or give NaN for, a step that holds the magic id."""
     plain = engine.decoder.forward
 
-    def forward(batch: Any, attention: Any) -> torch.Tensor:
+    def forward(batch: Any, attention: Any, rows: torch.Tensor | None = None) -> torch.Tensor:
         hit = batch.ids == MAGIC
         if how == "raise" and bool(hit.any()):
             raise RuntimeError("planted")
-        hidden = plain(batch, attention)
+        hidden = plain(batch, attention, rows)
         if how == "nan":
-            hidden[hit] = math.nan
+            hidden[hit if rows is None else hit[rows]] = math.nan
         return hidden
 
     monkeypatch.setattr(engine.decoder, "forward", forward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,7 +87,11 @@ def drain(engine: Engine, outcome: Outcome | None = None) -> Outcome:
 
 def wrap_forward(engine: Engine, monkeypatch: pytest.MonkeyPatch, wrapper: Callable[[Forward, Any, Any], Any]) -> None:
     plain = engine.decoder.forward
-    monkeypatch.setattr(engine.decoder, "forward", lambda batch, attention: wrapper(plain, batch, attention))
+
+    def forward(batch: Any, attention: Any, rows: torch.Tensor | None = None) -> torch.Tensor:
+        return wrapper(partial(plain, rows=rows), batch, attention)
+
+    monkeypatch.setattr(engine.decoder, "forward", forward)
 
 
 def choke(plain: Forward, batch: Any, attention: Any) -> torch.Tensor:

@@ -151,6 +151,21 @@ def test_blocks_written_this_step_are_readable_by_neighbours(cases: dict[str, Ca
     assert (logits - expected).abs().max() <= BOUND * expected.abs().max()
 
 
+def test_rows_that_are_wanted_alone_are_those_of_the_whole_step(cases: dict[str, Case]) -> None:
+    case, block_size = cases["qwen3-headdim"], 4
+    decoder, ids = case.load(), sequences()[0][:24]
+    kept = []
+    for rows in (None, torch.tensor([23, 7, 7]), torch.tensor([0])):
+        attention = PagedAttention(KVCache(decoder.config, 16, block_size, torch.float32, CPU))
+        batch = make_batch([ids[:8], ids[8:]], [0, 8], [[9, 8], [9, 8, 7, 6, 5, 4]], block_size)
+        hidden = decoder(batch, attention, rows)
+        expected = hidden if rows is None else kept[0][0][rows]
+        assert hidden.shape == expected.shape
+        torch.testing.assert_close(hidden, expected)
+        kept.append((hidden, attention.kv.data.clone()))
+    assert all(torch.equal(data, kept[0][1]) for _, data in kept), "K and V are written of every row"
+
+
 def test_weights_keep_their_addresses_in_one_arena(cases: dict[str, Case]) -> None:
     decoder = cases["qwen3-headdim"].load()
     begin = decoder.arena.data_ptr()

@@ -101,8 +101,12 @@ class SelfAttention(nn.Module):
         rotation: Tensor,
         batch: PagedBatch,
         attention: PagedAttention,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The block on norm(x + residual) [T, hidden], and x + residual; rotation [T, head_dim]."""
+        """The block on norm(x + residual) [T, hidden], and x + residual; rotation [T, head_dim].
+
+        With `rows` [R], where no row has an adapter, both are of those alone, [R, hidden]; K and V are written of all.
+        """
         qkv, total = self.qkv.after_norm(x, residual, norm, batch.adapters)
         attended = attention.attend(
             self.layer,
@@ -113,4 +117,6 @@ class SelfAttention(nn.Module):
             k_norm=self.k_norm.weight if self.k_norm is not None else None,
             eps=self.eps,
         )
+        if rows is not None:
+            attended, total = attended.index_select(0, rows), total.index_select(0, rows)
         return self.out.forward(attended, batch.adapters), total

@@ -38,10 +38,17 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotation: Tensor, batch: PagedBatch, attention: PagedAttention
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotation: Tensor,
+        batch: PagedBatch,
+        attention: PagedAttention,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (this layer's last addition [T, hidden], the residual stream before it)."""
-        attended, residual = self.attention.after_norm(x, residual, self.attention_norm, rotation, batch, attention)
+        """Returns (this layer's last addition [T, hidden], the residual stream before it), of `rows` alone if given."""
+        norm = self.attention_norm
+        attended, residual = self.attention.after_norm(x, residual, norm, rotation, batch, attention, rows)
         return self.mlp.after_norm(attended, residual, self.mlp_norm, batch.adapters)
 
 
@@ -106,10 +113,11 @@ class Decoder(nn.Module):
     def _head_weight(self) -> Tensor:
         return (self.embedding if self.head is None else self.head).weight
 
-    def forward(self, batch: PagedBatch, attention: PagedAttention) -> Tensor:
+    def forward(self, batch: PagedBatch, attention: PagedAttention, rows: Tensor | None = None) -> Tensor:
         """Run one step's tokens, writing their K and V into the attention's cache.
 
-        Returns [T, hidden] after the last norm; `logits` takes the rows of it that are wanted.
+        Returns [T, hidden] after the last norm, or [R, hidden] of `rows` [R], all else of which the last layer then
+        leaves out: of a prompt that is most of a layer's work.
         """
         attention.prepare(batch, self.dtype)
         rotation = self.rotations.index_select(0, batch.positions)
@@ -119,9 +127,12 @@ class Decoder(nn.Module):
         else:
             x = embed_pending(batch.ids, pending.slots, pending.last_ids, weight)
         residual: Tensor | None = None
-        for layer in self.layers:
+        early = None if batch.adapters else rows  # adapters' tiles are those of all rows
+        for layer in self.layers[:-1]:
             x, residual = layer(x, residual, rotation, batch, attention)
-        return self.norm.forward(x, residual)[0]
+        x, residual = self.layers[-1](x, residual, rotation, batch, attention, early)
+        hidden = self.norm.forward(x, residual)[0]
+        return hidden if rows is None or early is not None else hidden.index_select(0, rows)
 
     def logits(self, hidden: Tensor, *, widened: bool = True, out: Tensor | None = None) -> Tensor:
         """Logits [R, vocab] of the rows asked for, hidden [R, hidden]: float32, or in the model's own dtype.

@@ -11,7 +11,7 @@ from lmesh_kernels.models.decoder import Decoder
 from lmesh_kernels.ops.sample import sample_rows
 from torch import Tensor
 
-from lmesh_worker.engine.inputs import Sampling, StepInputs
+from lmesh_worker.engine.inputs import StepInputs
 from lmesh_worker.engine.logit_tables import LogitTables
 
 
@@ -19,7 +19,7 @@ from lmesh_worker.engine.logit_tables import LogitTables
 class StepOutputs:
     """What a step leaves on its device; the next step may overwrite it."""
 
-    hidden: Tensor | None  # [T, hidden]; a graph keeps none
+    hidden: Tensor | None  # [T, hidden], where prompts are scored
     logits: Tensor  # [R, vocab]
     ids: Tensor  # [R] int64
     drawn: Tensor  # [9 * R] bytes: the ids, then whether each one's logits were finite
@@ -46,19 +46,15 @@ def compute_step(
 
     `room` [most rows, vocab] in the model's dtype is where logits are written to, if given.
     """
-    hidden = decoder.forward(inputs.batch, attention)
-    return _sampled(decoder, hidden, inputs.sampling, last_ids, tables, room)
-
-
-def _sampled(
-    decoder: Decoder, hidden: Tensor, sampling: Sampling, last_ids: Tensor, tables: LogitTables, room: Tensor | None
-) -> StepOutputs:
-    count = len(sampling.rows)
-    rows = hidden.index_select(0, sampling.rows)
+    sampling, count = inputs.sampling, len(inputs.sampling.rows)
+    # Rows that nobody reads are left out, where any are; no kernel takes none at all.
+    few = not inputs.scored and 0 < count < len(inputs.batch.ids)
+    hidden = decoder.forward(inputs.batch, attention, sampling.rows if few else None)
+    rows = hidden if few else hidden.index_select(0, sampling.rows)
     logits = decoder.logits(rows, widened=False, out=None if room is None else room[:count])
     drawn = torch.empty(9 * count, dtype=torch.uint8, device=hidden.device)
     ids, finite = drawn_views(drawn)
     if count:
         sample_rows(logits, sampling.params, sampling.hints, ids, finite, tables.adjustment(sampling.adjusting))
         last_ids.index_copy_(0, sampling.slots, ids)
-    return StepOutputs(hidden=hidden, logits=logits, ids=ids, drawn=drawn)
+    return StepOutputs(hidden=hidden if inputs.scored else None, logits=logits, ids=ids, drawn=drawn)

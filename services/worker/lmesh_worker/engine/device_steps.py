@@ -101,7 +101,7 @@ class DeviceSteps:
             room = None if tables is None else AdapterRoom.of(tables)
             key = self._key(columns, pieces, told, room, None if asked is None else self._tables.kinds)
         if key is None:
-            compute = self._as_it_is(columns, pieces, prompts, told, tables, asked)
+            compute = self._as_it_is(columns, pieces, prompts, told, tables, asked, scored=scored)
             return columns, prompt_scoring(plan, columns, self._arena.put), compute
         sent = columns_of(columns, pieces, self._slots, told, key, tables, asked)
         if is_steady(columns) and not shares:
@@ -160,12 +160,14 @@ class DeviceSteps:
         told: SampleHints,
         tables: SegmentTables | None,
         asked: Asked | None,
+        *,
+        scored: bool,
     ) -> Compute:
         sent = columns_of(columns, pieces, self._slots, told, tables=tables, asked=asked)
         views = {name: self._arena.put(values) for name, (values, _, _) in sent.items()}
         kinds = Launches(narrow=bool(len(pieces.narrow)), wide=bool(len(pieces.wide)), joined=pieces.joined)
         room = None if tables is None else AdapterRoom.of(tables)
-        inputs = self._inputs.of(views, kinds, told, room, prompts)
+        inputs = self._inputs.of(views, kinds, told, room, prompts, scored=scored)
         changes = self._changes()
 
         def compute() -> StepOutputs:

@@ -12,7 +12,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -184,5 +184,4 @@ class StepGraphs:
             outputs = compute()
         finally:
             graph.capture_end()
-        # Memory that a graph does not keep is the next one's too: a step's results are read before another is launched.
-        return Captured(graph=graph, layout=layout, outputs=replace(outputs, hidden=None))
+        return Captured(graph=graph, layout=layout, outputs=outputs)

@@ -52,16 +52,18 @@ class HostSteps:
         columns = gather(plan, self._slots, self._block_size)
         adapters = adapter_rows(plan, columns, _put, self._bank)
         asked = self._tables.ask(sampled(plan))
+        scoring = prompt_scoring(plan, columns, _put)
         inputs = StepInputs(
             batch=batch_on_host(columns, self._slots, self._block_size, _put, adapters),
             sampling=sampling(columns, self._slots, _put, _adjusting(asked)),
+            scored=bool(scoring),
         )
 
         def compute() -> StepOutputs:
             self._tables.learn(asked)
             return compute_step(self._decoder, self._attention, self._slots.last_ids, self._tables, inputs)
 
-        return columns, prompt_scoring(plan, columns, _put), compute
+        return columns, scoring, compute
 
 
 def _adjusting(asked: Asked | None) -> Adjusting | None:

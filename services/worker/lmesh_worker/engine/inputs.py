@@ -74,6 +74,7 @@ class StepInputs:
 
     batch: PagedBatch
     sampling: Sampling
+    scored: bool = False  # some prompt's logits are wanted: the hidden states of all tokens are kept
 
 
 def gather(plan: StepPlan, slots: Slots, block_size: int) -> StepColumns:

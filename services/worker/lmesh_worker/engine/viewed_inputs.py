@@ -48,8 +48,10 @@ class ViewedInputs:
         told: SampleHints,
         room: AdapterRoom | None,
         prompts: tuple[Prompt, ...] = (),
+        *,
+        scored: bool = False,
     ) -> StepInputs:
-        """`views` are of `columns_of`; `room` is that of adapters, where rows have some."""
+        """`views` are of `columns_of`; `room` is that of adapters, where rows have some; `scored` is `StepInputs`'."""
         assert self._slots.device_tables is not None
         batch = PagedBatch(
             ids=views["ids"],
@@ -63,7 +65,7 @@ class ViewedInputs:
         params = self._unread if not told.any_random else SampleParams(**{n: views[n] for n in _DRAWING})
         adjusting = Adjusting(**{n: views[n] for n in _ADJUSTING}) if "repetition" in views else None
         sampling = Sampling(views["sample_tokens"], views["sample_slots"], params, told, adjusting)
-        return StepInputs(batch=batch, sampling=sampling)
+        return StepInputs(batch=batch, sampling=sampling, scored=scored)
 
     def _adapters(self, views: dict[str, Tensor], room: AdapterRoom) -> AdapterRows:
         plan = SegmentPlan(
