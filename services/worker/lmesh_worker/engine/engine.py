@@ -274,6 +274,11 @@ class Engine:
         for _ in range(piece.times):
             self._runner.launch(plan).result()
 
+    @property
+    def graphs(self) -> int:
+        """Steps captured so far."""
+        return self._runner.captures
+
     def close(self) -> None:
         """Waits for launched work and gives the device back."""
         self._runner.close()

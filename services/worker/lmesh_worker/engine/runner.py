@@ -93,6 +93,12 @@ class Runner:
         graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
         return None if graphs is None else graphs.sizes
 
+    @property
+    def captures(self) -> int:
+        """Steps captured so far."""
+        graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
+        return 0 if graphs is None else graphs.captures
+
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
         """Starts a step after those launched before; whatever goes wrong, its result raises it.
 
