@@ -271,8 +271,12 @@ class Engine:
             max_len=self.plan.max_model_len,
         )
         self._first_tenure -= len(plan.rows)
-        for _ in range(piece.times):
-            self._runner.launch(plan).result()
+        try:
+            for _ in range(piece.times):
+                self._runner.launch(plan).result()
+        except torch.OutOfMemoryError as error:  # better heard now than by a request, which may ask for less
+            told = "a step of %d tokens does not fit (lower memory_fraction or max_step_tokens): %s"
+            log.warning(told, plan.num_tokens, error)
 
     @property
     def graphs(self) -> int:
