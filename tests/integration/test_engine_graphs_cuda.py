@@ -74,16 +74,17 @@ def test_adapters_ride_in_captured_steps(tiny: Path) -> None:
         engine = engine_of(tiny, "float32", enforce_eager=eager)
         adapters = (adapter_of(engine, 4, 3.0), "", adapter_of(engine, 40, 1.0))
         told = [msgspec.structs.replace(one, adapter=adapters[one.key % 3]) for one in starts(24)]
-        found.append([engine.generate(told) for _ in range(2)])
+        found.append([engine.generate(told) for _ in range(3)])
         steps = engine._runner.steps
         assert isinstance(steps, DeviceSteps)
         if steps.graphs is not None:
-            assert any(key.adapters is not None for key in steps.graphs._captured)
+            captured = [key for key in steps.graphs._captured if key.adapters is not None]
+            assert {key.has_wide for key in captured} == {False, True}, "decodes and prompts"
         base = engine.generate(starts(24))
         assert sum(base[key] != found[-1][0][key] for key in base) >= 12, "the adapters change nothing"
         engine.close()
     assert found[0] == found[1]
-    assert found[1][0] == found[1][1]
+    assert found[1][0] == found[1][1] == found[1][2]
 
 
 def test_a_size_that_came_before_is_not_captured_again(tiny: Path) -> None:

@@ -95,9 +95,8 @@ class DeviceSteps:
         tables = adapter_tables(plan, columns, self._bank)
         asked = self._tables.ask(sampled(plan)) if self._slots.adjusts[columns.sample_slots].any() else None
         key = None
-        # With adapters only decodes: a chunk among them has tiles of any number.
         scored = any(row.prompt_logits for row in plan.rows)
-        if not prompts and not scored and (tables is None or columns.num_decodes == len(columns.slots)):
+        if not prompts and not scored:
             room = None if tables is None else AdapterRoom.of(tables)
             key = self._key(columns, pieces, told, room, None if asked is None else self._tables.kinds)
         if key is None:
