@@ -112,7 +112,7 @@ class Replayed:
 def replaying(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceSteps, list[Steady | None]]:
     """An accelerator's steps one ahead, with stand-ins for graphs; and the steps that followed one another."""
     steps = on_kernels(engine, monkeypatch)
-    steps.graphs = StepGraphs(steps._shape, max_seqs=5, most_tokens=1024)
+    steps.graphs = StepGraphs(steps._shape, max_seqs=5, most_tokens=48)
     monkeypatch.setattr(steps.graphs, "_record", Replayed)
     engine.depth, engine._runner._out = 1, [*engine._runner._out, engine._runner._out[0].clone()]
     steps._arena = Arena(engine.platform, capacity=steps._arena.capacity, sets=2)
@@ -141,19 +141,26 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.Monkey
 def test_what_is_warmed_up_while_nobody_waits_is_captured_and_leaves_nothing(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = starts()[2:4]
+    told = starts()  # decodes stand beside prompts, in graphs that were captured of prompts alone
     expected = engine_of(tiny).generate(told)
     engine = engine_of(tiny)
     steps, _ = replaying(engine, monkeypatch)
     assert steps.graphs is not None
-    engine.cold = first_times(True, ((1, 3), (40,)), max_tokens=48, max_seqs=5, max_len=48)
+    sizes = steps.graphs.sizes
+    engine.cold = first_times(True, sizes, max_tokens=48, max_seqs=5, max_len=48)
     while engine.cold:
         engine.warm_next()
-    captured = Counter(key.mode for key in steps.graphs._captured)
-    # One decode each, and of two kinds three decodes and a prompt of 40 tokens.
-    assert captured == {"greedy": 3, "random": 1, "truncated": 3}
+    captured = Counter((key.mode, key.has_wide) for key in steps.graphs._captured)
+    assert sizes.mixed == (48,)
+    decodes = len(sizes.decodes)
+    assert captured == {("greedy", False): decodes, ("truncated", False): decodes, ("random", False): 1} | {
+        ("greedy", True): 1,
+        ("truncated", True): 1,
+    }
     assert engine.load().kv_blocks_used == 0
+    captures = steps.graphs.captures
     assert engine.generate(told) == expected
+    assert steps.graphs.captures - captures <= 2, "what was met beforehand is not what comes"
 
 
 def test_penalties_and_biases_ride_in_replayed_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

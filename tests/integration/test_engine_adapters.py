@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,30 @@ def test_loading_and_dropping_while_others_run(build: Build, stored: list[Stored
     (error,) = [error for report in reports for error in report.errors]
     assert error.reason == "ADAPTER_NOT_LOADED"
     assert engine.adapters.bank.get(first.digest) is None and len(engine.adapters.bank) == 1
+
+
+def test_one_that_leaves_stays_in_memory_until_no_step_reads_it(build: Build, stored: list[Stored]) -> None:
+    """Its sequence was aborted, so nobody uses it; the step in flight has its row, and reads it by address."""
+    first = stored[0]
+    engine = loaded_engine(build, [first], pipeline_depth=1)
+    resident = engine.adapters.bank.get(first.digest)
+    assert resident is not None
+    memory = weakref.ref(resident.directory)
+    del resident
+    engine.add(start(1, prompt(1, 30), first.digest))
+    engine.add(start(2, prompt(2, 30)))
+    steps(engine, 4)
+    engine.abort(1)
+    engine.adapters.drop(first.digest)
+    assert engine.adapters.bank.get(first.digest) is None and memory() is not None
+    steps(engine, 1)
+    assert memory() is not None, "the step that was in flight has just been committed"
+    steps(engine, 2)
+    assert memory() is None and engine.has_work
+    idle = loaded_engine(build, [first], pipeline_depth=1)
+    idle.adapters.drop(first.digest)
+    steps(idle, 1)
+    assert not idle.adapters._parted
 
 
 def test_an_unknown_adapter_ends_its_sequence_alone(build: Build) -> None:

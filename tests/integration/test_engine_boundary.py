@@ -321,19 +321,3 @@ def test_warming_up_leaves_no_trace(build: Build) -> None:
 def test_a_context_without_room_for_a_new_token_is_refused(build: Build) -> None:
     with pytest.raises(ConfigError, match="max_model_len 1 has no place"):
         build(max_model_len=1)
-
-
-def test_memory_that_first_time_work_lacks_costs_a_warning_and_nothing_else(
-    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = build().generate([start(1, [1, 2, 3])])
-    engine = build()
-
-    def choked(plain: Forward, batch: Any, attention: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("planted")
-
-    with monkeypatch.context() as patched:
-        wrap_forward(engine, patched, choked)
-        engine.warm_up()
-    assert not engine.cold and "a step of 4 tokens does not fit" in caplog.text
-    assert engine.generate([start(1, [1, 2, 3])]) == expected

@@ -87,6 +87,21 @@ def test_adapters_ride_in_captured_steps(tiny: Path) -> None:
     assert found[1][0] == found[1][1] == found[1][2]
 
 
+def test_what_was_captured_while_nobody_waited_serves_requests(tiny: Path) -> None:
+    found = []
+    for eager in (True, False):
+        engine = engine_of(tiny, "float32", enforce_eager=eager)
+        while engine.cold and not eager:
+            engine.warm_next()
+        found.append(engine.generate(starts(48)))
+        steps = engine._runner.steps
+        assert isinstance(steps, DeviceSteps)
+        if steps.graphs is not None:
+            assert {key.has_wide for key in steps.graphs._captured} == {False, True}
+        engine.close()
+    assert found[0] == found[1]
+
+
 def test_a_size_that_came_before_is_not_captured_again(tiny: Path) -> None:
     engine = engine_of(tiny, "float32", prefix_cache=False)
     for _ in range(2):

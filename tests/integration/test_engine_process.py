@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from lmesh_kernels.text.resolve import local_files
+from lmesh_worker.engine import process
 from lmesh_worker.engine.config import EngineConfig
 from lmesh_worker.engine.engine import Engine
 from lmesh_worker.engine_client import EngineClient
 from lmesh_worker.errors import EngineFailedError
-from lmesh_worker.messages import Abort, Finish, Params, Ready, Start, StepReport
+from lmesh_worker.messages import Abort, Finish, Params, Progress, Ready, Start, StepReport
 
 from tests.tiny_model import save_tiny_llama
 
@@ -115,3 +116,26 @@ async def test_it_leaves_when_the_server_hangs_up(clients: list[EngineClient], m
         assert await asyncio.to_thread(client._process.wait, TIMEOUT_S) == 0
     except subprocess.TimeoutExpired:
         pytest.fail("the engine outlived its server")
+
+
+def test_a_first_time_that_fails_costs_a_warning_and_nothing_else(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Said(list[object]):
+        send = list.append
+
+    def full(plan: object) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    engine = Engine(config(), local_files(model))
+    told, said = [Start(1, "1", 0, [1, 2, 3], 3, Params(max_tokens=6))], Said()
+    expected = engine.generate(told)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "launch", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.warm_up()  # before it is ready it must not go on
+        while engine.cold:
+            process._warm_next(engine, said)  # type: ignore[arg-type]
+    assert [change.progress for change in said] == [Progress.COMPILING, Progress.OK] * 2  # type: ignore[attr-defined]
+    assert caplog.text.count("failed: OutOfMemoryError: planted") == 2
+    assert engine.generate(told) == expected

@@ -12,7 +12,7 @@ from lmesh_kernels.ops.sample_params import SampleHints
 from lmesh_kernels.platforms import detect
 from lmesh_worker.engine.buffers import Arena, Layout
 from lmesh_worker.engine.device_steps import _neighbours
-from lmesh_worker.engine.graphs import GraphKey, StepGraphs, size_above
+from lmesh_worker.engine.graphs import AdapterRoom, GraphKey, StepGraphs, size_above
 from lmesh_worker.engine.inputs import gather
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sent_columns import columns_of
@@ -132,12 +132,12 @@ def test_a_graph_s_columns_are_filled_up_with_nobody_s_rows() -> None:
 
 
 def test_sizes_hold_what_they_are_for() -> None:
-    graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
-    for tokens in (1, 3, 9, 33, 100, 101, 1024, 2048):
+    graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2050)
+    for tokens in (1, 3, 9, 33, 100, 101, 1024, 2050):
         pieces = plan_pieces(np.ones(tokens, np.int32), np.full(tokens, 5, np.int32), SHAPE)
-        key = graphs.key(tokens, min(tokens, 100), pieces, GREEDY)
+        key = graphs.key(tokens, min(tokens, 100), pieces, GREEDY, mixed=tokens > 100)
         assert key is not None and key.tokens >= tokens and key.narrow >= len(pieces.narrow)
-    assert graphs.key(2049, 1, pieces, GREEDY) is None
+    assert graphs.key(2051, 1, pieces, GREEDY, mixed=True) is None
     assert graphs.key(8, 101, pieces, GREEDY) is None
     assert (size_above(5, (1, 5, 9)), size_above(6, (1, 5, 9)), size_above(10, (1, 5, 9))) == (5, 9, None)
     assert not graphs.due(key) and graphs.due(key)
@@ -145,12 +145,42 @@ def test_sizes_hold_what_they_are_for() -> None:
 
 def test_steps_with_prompts_have_few_sizes() -> None:
     graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
+    rooms = AdapterRoom(tiles=3, ranks=32, height=64), AdapterRoom(tiles=8, ranks=32, height=64)
     keys = set()
     for counts in ([300], [1, 1, 298], [150, 149], [1] * 15 + [290]):
         q_lens = np.array(counts, np.int32)
-        keys.add(graphs.key(int(q_lens.sum()), len(counts), plan_pieces(q_lens, q_lens + 2, SHAPE), GREEDY))
+        pieces = plan_pieces(q_lens, q_lens + 2, SHAPE)
+        keys |= {graphs.key(sum(counts), len(counts), pieces, GREEDY, room, mixed=True) for room in rooms}
     (key,) = keys
-    assert key is not None and (key.tokens, key.samples, key.has_parts) == (320, 16, True)
+    assert key is not None and (key.tokens, key.samples, key.has_wide, key.has_parts) == (320, 64, True, True)
+    assert key.adapters is not None and key.adapters.tiles >= 8
+
+
+def test_a_step_of_prompts_leaves_room_for_decodes_beside_them() -> None:
+    """A graph that was captured of prompts alone is replayed with decodes among them."""
+    table = slots()
+    graphs = StepGraphs(SHAPE, max_seqs=6, most_tokens=64)
+    rows = [[(0, 9), (1, 9)], [(2, 1), (3, 1), (0, 9)]]
+    filled, keys = [], []
+    for told in rows:
+        plan = StepPlan([Row(sequence(k, 20, k, [10 * k + i for i in range(5)]), 5, n, True, 0) for k, n in told])
+        table.take_in([row.sequence for row in plan.rows])
+        columns = gather(plan, table, BLOCK)
+        pieces = plan_pieces(columns.q_lens, columns.kv_lens, SHAPE, names=columns.slots)
+        keys.append(graphs.key(columns.num_tokens, len(told), pieces, GREEDY, mixed=True))
+        filled.append((columns_of(columns, pieces, table, GREEDY, keys[-1]), pieces))
+    assert keys[0] == keys[1]
+    arena = Arena(detect("cpu"), capacity=1 << 14, sets=1)
+    (prompts, without), (both, pieces) = filled
+    assert not len(without.narrow) and len(pieces.narrow) and len(pieces.wide)
+    arena.begin()
+    sent = {name: arena.put(*told) for name, told in prompts.items()}
+    layout = arena.lay_out(prompts)
+    arena.begin()
+    arena.fill(layout, both)
+    arena.upload()
+    for name, (values, _, _) in both.items():
+        assert np.array_equal(sent[name].numpy()[: len(values)], values), name
 
 
 def test_decodes_over_one_prefix_come_together() -> None:

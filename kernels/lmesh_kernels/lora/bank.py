@@ -98,9 +98,9 @@ class AdapterBank:
             raise AdapterBankError("ADAPTER_BANK_FULL", said)
         self._residents[resident.digest] = resident
 
-    def drop(self, digest: str) -> None:
-        """Lets it go; unknown ones are ignored. Steps in flight keep what they read."""
-        self._residents.pop(digest, None)
+    def drop(self, digest: str) -> Resident | None:
+        """Lets it go, None of an unknown one. Steps read it by address: who drops it keeps it until they have run."""
+        return self._residents.pop(digest, None)
 
     def _product(self, slot: str, members: Mapping[Site, tuple[SiteShape, Factors]]) -> ServedProduct:
         parts, factors, first = [], [], 0

@@ -128,9 +128,9 @@ class Decoder(nn.Module):
             x = embed_pending(batch.ids, pending.slots, pending.last_ids, weight)
         residual: Tensor | None = None
         early = None if batch.adapters else rows  # adapters' tiles are those of all rows
-        for layer in self.layers[:-1]:
-            x, residual = layer(x, residual, rotation, batch, attention)
-        x, residual = self.layers[-1](x, residual, rotation, batch, attention, early)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, rotation, batch, attention, early if number == last else None)
         hidden = self.norm.forward(x, residual)[0]
         return hidden if rows is None or early is not None else hidden.index_select(0, rows)
 

@@ -20,12 +20,14 @@ ADAPTER_NOT_LOADED = "ADAPTER_NOT_LOADED"
 class Adapters:
     """Loads in a thread of its own, so that no step waits for a disk; the step loop takes what is ready."""
 
-    def __init__(self, bank: AdapterBank, config: ModelConfig) -> None:
-        self.bank, self._config = bank, config
+    def __init__(self, bank: AdapterBank, config: ModelConfig, *, depth: int) -> None:
+        """`depth`: steps that may be in flight beside the one that is committed."""
+        self.bank, self._config, self._depth = bank, config, depth
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._reading: dict[str, Future[Resident]] = {}
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
+        self._parted: list[tuple[int, Resident]] = []  # with the steps to commit before no step reads them
 
     @property
     def reading(self) -> bool:
@@ -82,7 +84,14 @@ class Adapters:
 
     def _let_go(self, digest: str) -> None:
         self._leaving.discard(digest)
-        self.bank.drop(digest)
+        # A step in flight may have a row of it: of a sequence that has just ended, or was aborted.
+        if (resident := self.bank.drop(digest)) is not None:
+            self._parted.append((self._depth + 1, resident))
+
+    def settle(self, in_flight: int) -> None:
+        """A step was committed, or none is there: frees what no step in flight can read any more."""
+        if self._parted:
+            self._parted = [(left - 1, resident) for left, resident in self._parted if in_flight and left > 1]
 
     def close(self) -> None:
         """Waits for what is being read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,13 @@ _TORCH = {np.dtype(t): getattr(torch, t) for t in ("int32", "int64", "float32")}
 
 def words(column: Column, capacity: int | None = None) -> int:
     """Places of 4 bytes that a column takes, or would with `capacity` rows."""
+    return -(-_size(column, capacity) // _WORDS) * _WORDS
+
+
+def _size(column: Column, capacity: int | None) -> int:
+    """The same, not rounded up. Not by strides: those of no rows are 0."""
     rows = len(column) if capacity is None else capacity
-    size = rows * (column.strides[0] if column.ndim > 1 else column.itemsize) // 4
-    return -(-size // _WORDS) * _WORDS
+    return rows * math.prod(column.shape[1:]) * column.itemsize // 4
 
 
 Filled = tuple[Column, int | None, int]  # a column, the rows to fill it up to (None: as many as it has), with what
@@ -81,8 +86,7 @@ class Arena:
         place = 0
         for name, (column, capacity, _) in columns.items():
             rows = len(column) if capacity is None else capacity
-            shape = (rows, *column.shape[1:])
-            count = int(np.prod(shape, dtype=np.int64)) * column.itemsize // 4
+            shape, count = (rows, *column.shape[1:]), _size(column, capacity)
             for own, host in zip(hosts, self._host, strict=True):
                 own[name] = host[place : place + count].view(column.dtype).reshape(shape)
             place += words(column, capacity)

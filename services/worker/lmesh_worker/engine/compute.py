@@ -47,11 +47,12 @@ def compute_step(
     `room` [most rows, vocab] in the model's dtype is where logits are written to, if given.
     """
     sampling, count = inputs.sampling, len(inputs.sampling.rows)
-    # Rows that nobody reads are left out, where any are; no kernel takes none at all.
-    few = not inputs.scored and 0 < count < len(inputs.batch.ids)
-    hidden = decoder.forward(inputs.batch, attention, sampling.rows if few else None)
-    rows = hidden if few else hidden.index_select(0, sampling.rows)
-    logits = decoder.logits(rows, widened=False, out=None if room is None else room[:count])
+    # What nobody reads is left out, but for one row: no kernel takes none.
+    read = sampling.rows if count else sampling.rows.new_zeros(1)
+    few = not inputs.scored and len(read) < len(inputs.batch.ids)
+    hidden = decoder.forward(inputs.batch, attention, read if few else None)
+    rows = hidden if few else hidden.index_select(0, read)
+    logits = decoder.logits(rows, widened=False, out=None if room is None else room[: len(read)])[:count]
     drawn = torch.empty(9 * count, dtype=torch.uint8, device=hidden.device)
     ids, finite = drawn_views(drawn)
     if count:

@@ -74,7 +74,8 @@ class DeviceSteps:
         self._logits = torch.empty(max_seqs, vocab, dtype=decoder.dtype, device=slots.last_ids.device)
         self.graphs: StepGraphs | None = None
         if graphs and platform.supports_graphs:
-            self.graphs = StepGraphs(self._shape, max_seqs=max_seqs, most_tokens=captured_tokens(decoder.config))
+            most = min(max_tokens, captured_tokens(decoder.config))
+            self.graphs = StepGraphs(self._shape, max_seqs=max_seqs, most_tokens=most)
 
     def prepare(self, plan: StepPlan) -> tuple[StepColumns, list[PromptScoring], Compute]:
         """(columns, prompt positions to score, what computes the step); a value that no tensor takes raises."""
@@ -131,7 +132,9 @@ class DeviceSteps:
     ) -> GraphKey | None:
         if self.graphs is None:
             return None
-        return self.graphs.key(columns.num_tokens, len(columns.sample_slots), pieces, told, adapters, tables)
+        mixed = columns.num_decodes < len(columns.slots)
+        of = columns.num_tokens, len(columns.sample_slots), pieces, told, adapters, tables
+        return self.graphs.key(*of, mixed=mixed)
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()

@@ -76,7 +76,7 @@ class Engine:
             max_model_len=plan.max_model_len,
             prefix_cache=config.prefix_cache,
         )
-        self.adapters = Adapters(AdapterBank(decoder, max_bytes=plan.adapter_bytes), model)
+        self.adapters = Adapters(AdapterBank(decoder, max_bytes=plan.adapter_bytes), model, depth=self.depth)
         self._runner = Runner(
             decoder,
             self.kv,
@@ -181,6 +181,9 @@ class Engine:
             self._in_flight.append((plan, self._runner.launch(plan)))
         if self._in_flight and (plan is None or len(self._in_flight) > self.depth):
             self._commit_oldest()
+            self.adapters.settle(len(self._in_flight))
+        elif not self._in_flight:
+            self.adapters.settle(0)
         return self._take_report(begin)
 
     def _commit_oldest(self) -> None:
@@ -271,12 +274,8 @@ class Engine:
             max_len=self.plan.max_model_len,
         )
         self._first_tenure -= len(plan.rows)
-        try:
-            for _ in range(piece.times):
-                self._runner.launch(plan).result()
-        except torch.OutOfMemoryError as error:  # better heard now than by a request, which may ask for less
-            told = "a step of %d tokens does not fit (lower memory_fraction or max_step_tokens): %s"
-            log.warning(told, plan.num_tokens, error)
+        for _ in range(piece.times):
+            self._runner.launch(plan).result()
 
     @property
     def graphs(self) -> int:

@@ -1,68 +1,85 @@
 """First-time work: what is compiled, loaded or captured when a step of a kind comes for the first time.
 
-It is done before its first request asks for it, by steps of nobody's sequences: one before the engine is ready, the
-others while nothing waits for them.
+The usual steps are made before a request asks for them, of nobody's sequences: one before the engine is ready, the
+others while nothing waits for them. Draws of the whole vocabulary, penalties and adapters meet sizes of steps when
+requests ask for them.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from lmesh_kernels.ops.prompt_attention import LEAST, STEP
 
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sequence import Sequence
+from lmesh_worker.engine.step_sizes import StepSizes
 from lmesh_worker.messages import Params, Start
 
 _GREEDY, _RANDOM, _TRUNCATED = Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9)
 _FEW = 4  # tokens that compile what a prompt needs
 _PROMPT = 512  # of the prompts that make up a step
-_WHOLE = 1024  # of those that torch's own attention takes: it plans for each multiple of this
-_CONTEXT = 700  # tokens before a decode: with few rows its attention is cut in parts, with many it is not
+_CONTEXT = 700  # tokens before a decode
+_MANY = 65  # decodes beside prompts: more than `graphs` gives room to sample without a second size
 
 
 class FirstTime(NamedTuple):
-    """One piece of it: a step of decodes, or of prompts, run as often as it takes."""
+    """One piece of it: a step of decodes, of prompts, or both; run twice it is captured."""
 
     params: Params
     decodes: int = 0
     prompts: tuple[int, ...] = ()  # tokens of each
     times: int = 1
 
+    @property
+    def tokens(self) -> int:
+        """Of the step."""
+        return self.decodes + sum(self.prompts)
+
 
 def first_times(
-    accelerator: bool,
-    sizes: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    *,
-    max_tokens: int,
-    max_seqs: int,
-    max_len: int,
+    accelerator: bool, sizes: StepSizes | None, *, max_tokens: int, max_seqs: int, max_len: int
 ) -> deque[FirstTime]:
-    """All of it, in the order in which requests are likely to ask for it. `sizes` are those of graphs, where there are.
+    """All of it; of an accelerator the first piece alone is needed for a first token. `sizes`: of what is captured.
 
-    A step that comes twice is captured. Of an accelerator the first piece alone is needed for a first token.
+    Large steps come before small ones, which then find place in the memory that the large ones have left.
     """
-    kinds = (_GREEDY, _RANDOM, _TRUNCATED)
     few = (min(_FEW, max_tokens, max_len),)
+    kinds = (_GREEDY, _RANDOM, _TRUNCATED)
     if not accelerator:
         return deque(FirstTime(kind, prompts=few) for kind in kinds)
-    pieces = deque(
-        piece for kind in kinds for piece in (FirstTime(kind, prompts=few), FirstTime(kind, decodes=1, times=2))
-    )
-    decodes, mixed = ((), ()) if sizes is None else sizes
+    pieces = deque(FirstTime(kind, prompts=few) for kind in kinds)
+    pieces += [FirstTime(kind, decodes=1, times=2) for kind in kinds]
+    usual = [FirstTime(_GREEDY, prompts=_cut(max_tokens, max_seqs))]
     for kind in (_GREEDY, _TRUNCATED):
-        pieces += [FirstTime(kind, prompts=_cut(tokens, max_len), times=2) for tokens in mixed]
-        pieces += [FirstTime(kind, decodes=rows, times=2) for rows in decodes[1:]]
-    long = range(_WHOLE, max_tokens + 1, _WHOLE)
-    pieces += [FirstTime(_GREEDY, prompts=(tokens,)) for tokens in long]
-    pieces += [FirstTime(_GREEDY, prompts=_cut(tokens, max_len)) for tokens in long if tokens > max(mixed, default=0)]
-    return deque(
-        piece for piece in pieces if len(piece.prompts) <= max_seqs and max(piece.prompts, default=0) <= max_len
-    )
+        usual += () if sizes is None else _captured(kind, sizes, max_seqs)
+    usual += _long(max_tokens, max_seqs, captured=0 if sizes is None else sizes.mixed[-1])
+    pieces += [piece for piece in usual if 0 < piece.tokens <= max_tokens and max(piece.prompts, default=0) <= max_len]
+    return pieces
 
 
-def _cut(tokens: int, max_len: int) -> tuple[int, ...]:
-    """Prompts that are so many tokens together."""
-    count = -(-tokens // min(_PROMPT, max_len))
+def _captured(kind: Params, sizes: StepSizes, max_seqs: int) -> Iterator[FirstTime]:
+    for decodes in (0, _MANY):
+        for tokens in reversed(sizes.mixed):
+            if decodes < min(tokens, max_seqs):
+                yield FirstTime(kind, decodes, _cut(tokens - decodes, max_seqs - decodes), times=2)
+    for rows in reversed(sizes.decodes):
+        yield FirstTime(kind, decodes=rows, times=2)
+
+
+def _long(max_tokens: int, max_seqs: int, *, captured: int) -> Iterator[FirstTime]:
+    """Steps that run as they are: libraries choose, load and plan their kernels by size."""
+    for tokens in range(max_tokens // STEP * STEP, LEAST - 1, -STEP):
+        yield FirstTime(_GREEDY, prompts=(tokens - 1,))  # torch's attention plans for what is filled up to a step
+        if tokens > captured:
+            yield FirstTime(_GREEDY, prompts=_cut(tokens, max_seqs))
+
+
+def _cut(tokens: int, most: int) -> tuple[int, ...]:
+    """At most so many prompts that are so many tokens together."""
+    count = min(most, -(-tokens // _PROMPT))
     return tuple(tokens // count + (i < tokens % count) for i in range(count))
 
 
@@ -71,9 +88,9 @@ def plan_of(piece: FirstTime, *, tenure: int, spare_block: int, block_size: int,
 
     `tenure` and as many below it as there are rows must be no other sequence's, so that the parameters are read.
     """
-    start = 0 if piece.prompts else max(0, min(_CONTEXT, max_len - 1))
+    context = max(0, min(_CONTEXT, max_len - 1))
     rows = []
-    for slot, count in enumerate(piece.prompts or (1,) * piece.decodes):
+    for slot, (start, count) in enumerate([(context, 1)] * piece.decodes + [(0, count) for count in piece.prompts]):
         end = start + count
         sequence = Sequence(Start(-1, "first-time", 0, [0] * end, end, piece.params), b"", 0)
         sequence.blocks = [spare_block] * -(-end // block_size)

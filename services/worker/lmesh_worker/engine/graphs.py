@@ -2,8 +2,8 @@
 
 A graph holds a step of so many tokens and so many sampling rows; a smaller step is filled up with rows that nobody
 owns. Attention walks a list of pieces that lies in the step's columns, so one graph serves any lengths, prefill chunks
-among decodes, and shared prefixes. Capturing only records: the second step of a size runs as it is and is recorded
-after it, so nothing waits for graphs and no size is captured that came once.
+among decodes, and shared prefixes. A step of a size that comes for the second time runs as it is and is recorded after
+it, 20 ms or so; most sizes an idle engine has met before (`first_times`), and none is captured that came once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,13 @@ from lmesh_kernels.ops.segmented_plan import SegmentTables
 from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.logit_tables import TableKinds
+from lmesh_worker.engine.step_sizes import StepSizes
 
-# Decodes are filled up by an eighth at most from 8 on, and so are steps with prompts from 1,024 tokens on.
-_ROWS = (
-    *range(1, 8),
-    *range(8, 16, 2),
-    *range(16, 32, 4),
-    *range(32, 80, 8),
-    *range(80, 160, 16),
-    *range(160, 256, 32),
-)
-_TOKENS = (*range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 128), *range(2048, 4097, 256))
-# Sampling rows of steps with more tokens than rows: what they add to such a step is little, so few sizes will do, and
-# for the same reason all are taken to have parts.
-_MIXED_ROWS = (16, 64)
+# Tokens of steps of decodes, filled up by a quarter at most, and of steps with prompts, by an eighth from 1,024 on.
+_ROWS = (*range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 80, 8), *range(80, 160, 16), 160, 192, 224)
+_MIXED = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256))
+# Sampling rows of steps with prompts, where there may be more: what they add to such a step is little.
+_MIXED_SAMPLES = 64
 _MOST_GRAPHS = 256
 
 log = logging.getLogger(__name__)
@@ -63,6 +56,11 @@ class AdapterRoom(NamedTuple):
         """That such tables fit into."""
         tiles, ranks = (1 << (count - 1).bit_length() for count in (len(tables.tiles), max(32, tables.most_ranks)))
         return cls(tiles, ranks, tables.height)
+
+    def of_size(self, tokens: int) -> AdapterRoom:
+        """The usual of steps with prompts of up to so many tokens; more where they have many adapters."""
+        usual = tokens // self.height + 16
+        return self._replace(tiles=max(self.tiles, 1 << (usual - 1).bit_length()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +97,11 @@ class StepGraphs:
     """The graphs of one runner, least lately used first out."""
 
     def __init__(self, shape: Shape, *, max_seqs: int, most_tokens: int) -> None:
-        """Steps of more than `most_tokens` run as they are: launching them takes less than their work."""
+        """Steps of more than `most_tokens` run as they are."""
         self._shape = shape
-        self._rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
-        self._most_rows = max_seqs
-        self._tokens = (*self._rows, *(n for n in _TOKENS if max_seqs < n <= most_tokens))
-        self._mixed_rows = (*(n for n in _MIXED_ROWS if n < max_seqs), max_seqs)
+        rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
+        self.sizes = StepSizes(rows, (*(n for n in _MIXED if n < most_tokens), most_tokens))
+        self._mixed_samples = (*(n for n in (_MIXED_SAMPLES,) if n < max_seqs), max_seqs)
         self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
         self._refused: set[GraphKey] = set()
@@ -119,15 +116,18 @@ class StepGraphs:
         hints: SampleHints,
         adapters: AdapterRoom | None = None,
         tables: TableKinds | None = None,
+        *,
+        mixed: bool = False,
     ) -> GraphKey | None:
-        """The graph for such a step; None where none is kept of its size."""
-        size = size_above(tokens, self._tokens)
-        mixed = size is not None and size > self._most_rows
-        rows = size_above(max(1, samples), self._mixed_rows if mixed else self._rows)
+        """The graph for such a step; None where none is kept of its size. `mixed`: with prompts."""
+        decodes, with_prompts = self.sizes
+        size = size_above(tokens, with_prompts if mixed else decodes)
+        rows = size_above(max(1, samples), self._mixed_samples if mixed else decodes)
         if size is None or rows is None:
             return None
-        # Splitting adds no more pieces than programs have heads to take up.
-        room = size + self._shape.programs // self._shape.kv_heads + 1
+        # Splitting adds no more pieces than programs have heads to take up, and without it they have work from here on.
+        spare = self._shape.programs // self._shape.kv_heads
+        room = size + spare + 1
         if len(pieces.narrow) > room or len(pieces.wide) > room:
             return None
         return GraphKey(
@@ -135,17 +135,13 @@ class StepGraphs:
             samples=rows,
             narrow=room,
             wide=room,
-            has_wide=bool(len(pieces.wide)),
-            has_parts=mixed or pieces.joined > 0,
+            has_wide=mixed or bool(len(pieces.wide)),
+            # A join that finds nothing costs less than a graph of its own.
+            has_parts=mixed or size < spare or pieces.joined > 0,
             mode=mode_of(hints),
-            adapters=adapters,
+            adapters=None if adapters is None else adapters.of_size(size) if mixed else adapters,
             tables=tables,
         )
-
-    @property
-    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of the steps that are kept: of decodes, and of steps with more tokens than rows."""
-        return self._rows, self._tokens[len(self._rows) :]
 
     def find(self, key: GraphKey) -> Captured | None:
         """The graph, if it was captured."""

@@ -9,6 +9,7 @@ import torch
 from lmesh_kernels.layers.kv_cache import KVCache
 from lmesh_kernels.models.config import ModelConfig, Quantisation
 from lmesh_kernels.models.footprint import activation_bytes, packed_bytes, parameter_bytes, unfolded_bytes
+from lmesh_kernels.ops.linear_tiles import takes_pdl
 from lmesh_kernels.platforms.platform import Platform
 
 from lmesh_worker.engine.config import ConfigError, EngineConfig
@@ -55,7 +56,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     """
     seqs, tokens, fraction, cap = _DEFAULTS.get(platform.name, _DEVICE_DEFAULTS)
     dtype = platform.default_dtype() if config.dtype == "auto" else _DTYPES[config.dtype]
-    max_tokens = config.max_step_tokens or tokens or step_tokens(model, seqs)
+    max_tokens = config.max_step_tokens or tokens
+    max_tokens = max_tokens or step_tokens(model, config.max_seqs or seqs, fast=takes_pdl(platform.device))
     max_seqs = config.max_seqs or min(seqs, max_tokens)
     if max_seqs > max_tokens:
         raise ConfigError(f"max_seqs {max_seqs} exceeds max_step_tokens {max_tokens}: every sequence needs one token")
@@ -67,10 +69,11 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         raise ConfigError(f"batch_invariant needs bfloat16 or float16 on a CUDA device, not {dtype} on {platform.name}")
     weights = parameter_bytes(model, dtype, quantisation)
     activations = activation_bytes(model, max_tokens, max_seqs, dtype, device_type=platform.device.type)
-    graphs = 0  # what steps captured as graphs hold, of the largest: they share it among themselves
+    graphs = 0  # what the largest captured step holds: smaller ones, captured after it, lie in the same place
     if platform.supports_graphs and not config.enforce_eager:
         most = min(max_tokens, captured_tokens(model))
         graphs = activation_bytes(model, most, max_seqs, dtype, device_type=platform.device.type)
+    logits = 0 if platform.device.type == "cpu" else max_seqs * model.vocab_size * dtype.itemsize
     tables = LogitTables.planned_bytes(max_seqs, model.vocab_size)
     activations += unfolded_bytes(model, dtype) if quantisation == "nf4" else 0
     block_size = config.block_size or _BLOCK.get(platform.name, _BLOCK_DEVICE)
@@ -81,7 +84,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
     packed = packed if weights + packed + activations + tables <= budget // 2 else 0
     adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
-    left = budget - weights - packed - activations - graphs - tables - adapters
+    left = budget - weights - packed - activations - graphs - logits - tables - adapters
     kv_blocks = _kv_blocks(config, block, left, cap)
     lines = {
         "free": free,
@@ -89,12 +92,13 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         "packed_weights": packed,
         "activations": activations,
         "graphs": graphs,
+        "logits": logits,
         "logit_tables": tables,
         "adapters": adapters,
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - graphs - tables - adapters)
+    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - graphs - logits - tables - adapters)
     max_model_len = _max_model_len(config, model, kv_blocks, block_size, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(

@@ -123,10 +123,13 @@ def loop(engine: Engine, channel: Channel) -> None:
 def _warm_next(engine: Engine, channel: Channel) -> None:
     """First-time work while nobody waits; a request that comes meanwhile waits for one piece of it."""
     channel.send(ProgressChange(Progress.COMPILING))
-    engine.warm_next()
+    try:
+        engine.warm_next()
+    except Exception as error:  # noqa: BLE001 - nobody asked for it, and a request may ask for less
+        log.warning("a step that came for the first time failed: %s: %s", type(error).__name__, error)
     if not engine.cold:
         _settle()
-        log.info("no step's first time is left to a request", extra={"graphs": engine.graphs})
+        log.info("the usual steps have come for the first time", extra={"graphs": engine.graphs})
     channel.send(ProgressChange(Progress.OK))
 
 

@@ -22,6 +22,7 @@ from lmesh_worker.engine.inputs import PromptScoring, StepColumns
 from lmesh_worker.engine.logit_tables import LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
+from lmesh_worker.engine.step_sizes import StepSizes
 
 Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], their log-probabilities [N, k]
 
@@ -88,8 +89,8 @@ class Runner:
         self._launched = 0
 
     @property
-    def graph_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """As `StepGraphs.sizes`; None where steps are not captured."""
+    def graph_sizes(self) -> StepSizes | None:
+        """Of the steps that are captured; None where none is."""
         graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
         return None if graphs is None else graphs.sizes
 
