@@ -132,6 +132,18 @@ async def test_a_link_comes_back_and_goes_on() -> None:
     assert [abort.slot for message in peer.messages for abort in message.aborts] == [1, 2]
 
 
+async def test_what_gathers_while_a_link_rests_goes_as_one_message() -> None:
+    async with linked(rest_s=lambda: 0.5) as (peer, owner, _):
+        await until(lambda: owner.link.connected)
+        owner.send(1)  # finds no message before it, so does not wait
+        await until(lambda: len(peer.messages) == 1)
+        for slot in (2, 3):
+            owner.send(slot)
+            await asyncio.sleep(0.02)  # each would have been written by then
+        await until(lambda: len(peer.messages) == 2)
+    assert [[abort.slot for abort in message.aborts] for message in peer.messages] == [[1], [2, 3]]
+
+
 async def test_closing_sends_what_is_left_and_ends_well() -> None:
     async with linked() as (peer, owner, task):
         await until(lambda: owner.link.connected)

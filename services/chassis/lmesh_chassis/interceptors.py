@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import uuid
@@ -49,8 +50,9 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
 
 
 def standard_interceptors(domain: str) -> list[grpc.aio.ServerInterceptor]:
-    """Outermost first: metrics see the mapped status, error mapping sees what the handler raised."""
-    return [AroundInterceptor(_traced), AroundInterceptor(_measured), AroundInterceptor(_mapping(domain))]
+    """Trace context, metrics of the mapped status, mapping of what the handler raised: one wrapper for the three, for
+    each costs a call 25 us."""
+    return [AroundInterceptor(_standard(domain))]
 
 
 def _wrap(handler: Handler, method: str, around: Around) -> Handler:
@@ -59,7 +61,9 @@ def _wrap(handler: Handler, method: str, around: Around) -> Handler:
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        wrapped: Any = _streaming(behaviour, method, around)
+        # A coroutine writes through its context, and is called as one: a generator around it costs each call more.
+        coroutine = inspect.iscoroutinefunction(behaviour)
+        wrapped: Any = (_single if coroutine else _streaming)(behaviour, method, around)
     else:
         behaviour = handler.stream_unary or handler.unary_unary
         make = (
@@ -85,9 +89,6 @@ def _streaming(behaviour: Behaviour, method: str, around: Around) -> Behaviour:
     async def call(request: Message, context: RpcContext) -> AsyncIterator[Message]:
         async with around(method, context):
             responses = behaviour(request, context)
-            if not hasattr(responses, "__aiter__"):  # a coroutine that writes through its context
-                await responses
-                return
             try:
                 async for response in responses:
                     yield response
@@ -99,49 +100,44 @@ def _streaming(behaviour: Behaviour, method: str, around: Around) -> Behaviour:
     return call
 
 
-@asynccontextmanager
-async def _traced(method: str, context: RpcContext) -> AsyncIterator[None]:
+def _standard(domain: str) -> Around:
+    @asynccontextmanager
+    async def around(method: str, context: RpcContext) -> AsyncIterator[None]:
+        _join_trace(context)
+        started = time.monotonic()
+        cancelled = True
+        try:
+            yield
+            cancelled = False
+        except Exception as error:  # noqa: BLE001 - the process edge: gRPC would send the exception's text
+            cancelled = False
+            await _abort(error, method, context, domain)
+        finally:
+            RPCS.labels(method, "CANCELLED" if cancelled else _code_name(context.code())).inc()
+            RPC_SECONDS.labels(method).observe(time.monotonic() - started)
+
+    return around
+
+
+def _join_trace(context: RpcContext) -> None:
     # Each call is a task of its own, so what is attached to its context needs no detaching.
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     tracing.attach(metadata.get(tracing.TRACEPARENT_KEY, ""))
     logs.request_id.set(metadata.get(REQUEST_ID_KEY, ""))
-    yield
 
 
-@asynccontextmanager
-async def _measured(method: str, context: RpcContext) -> AsyncIterator[None]:
-    started = time.monotonic()
-    cancelled = True
-    try:
-        yield
-        cancelled = False
-    except Exception:
-        cancelled = False
-        raise
-    finally:
-        RPCS.labels(method=method, code="CANCELLED" if cancelled else _code_name(context.code())).inc()
-        RPC_SECONDS.labels(method=method).observe(time.monotonic() - started)
+async def _abort(error: Exception, method: str, context: RpcContext, domain: str) -> None:
+    """Ends the call with the status of what was raised."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    known = error if isinstance(error, ServiceError) else internal_error(error, method)
+    await context.abort_with_status(to_status(known, domain))
 
 
 def _code_name(code: grpc.StatusCode | int | None) -> str:
     if isinstance(code, grpc.StatusCode):
         return code.name
     return next((known.name for known in grpc.StatusCode if known.value[0] == (code or 0)), "UNKNOWN")
-
-
-def _mapping(domain: str) -> Around:
-    @asynccontextmanager
-    async def mapped(method: str, context: RpcContext) -> AsyncIterator[None]:
-        try:
-            yield
-        except ServiceError as error:
-            await context.abort_with_status(to_status(error, domain))
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the process edge: gRPC would send the exception's text
-            await context.abort_with_status(to_status(internal_error(error, method), domain))
-
-    return mapped
 
 
 def internal_error(error: Exception, where: str) -> InternalError:

@@ -29,8 +29,8 @@ class Link(Generic[Sent, Received]):
     """One stream to one peer.
 
     The outbox is the owner's: `wake()` says that there is something to send, and `collect()` is then asked for all of
-    it as one message (None: nothing after all). So what gathers while a write is out goes as one batch, and the owner
-    bounds it. All callbacks run on the event loop and must not block:
+    it as one message (None: nothing after all). So what gathers while a write is out, and for `rest_s()` after it, goes
+    as one batch, and the owner bounds it. All callbacks run on the event loop and must not block:
 
     - `open_stream()` starts the call; `hello()` builds its first message.
     - `on_connected(first)` gets the peer's hello; only then is `collect` called for this stream.
@@ -50,6 +50,7 @@ class Link(Generic[Sent, Received]):
         on_broken: Callable[[RemoteError | None], bool],
         backoff: Backoff | None = None,
         hello_timeout_s: float = 10.0,
+        rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._open_stream = open_stream
         self._name = name
@@ -60,6 +61,7 @@ class Link(Generic[Sent, Received]):
         self._on_broken = on_broken
         self._backoff = backoff or Backoff()
         self._hello_timeout_s = hello_timeout_s
+        self._rest_s = rest_s
         self._awake = asyncio.Event()
         self._closing = asyncio.Event()
         self.connected = False
@@ -130,6 +132,8 @@ class Link(Generic[Sent, Received]):
                 self._awake.clear()
                 while (message := self._collect()) is not None:
                     await call.write(message)
+                    if (rest_s := self._rest_s()) > 0:
+                        await asyncio.sleep(rest_s)
                 if self._closing.is_set():
                     await call.done_writing()
                     return

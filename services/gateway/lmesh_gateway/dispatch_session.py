@@ -77,6 +77,11 @@ class DispatchSession:
         """No scheduler has been there for longer than the grace."""
         return self._given_up
 
+    @property
+    def count(self) -> int:
+        """Live requests of this gateway."""
+        return len(self._live)
+
     def live(self, request_id: str) -> Submitted | None:
         """The live request of that id in this gateway."""
         return self._live.get(request_id)

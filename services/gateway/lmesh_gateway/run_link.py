@@ -147,16 +147,18 @@ class RunLink:
 
 
 def _request(batch: RunBatch) -> run_pb2.RunRequest:
-    return run_pb2.RunRequest(
-        starts=[_start(slot) for slot in batch.starts],
+    request = run_pb2.RunRequest(
         aborts=[run_pb2.Abort(slot=number, lease=lease) for number, lease in batch.aborts],
         acked_step_seq=batch.acked_step_seq,
     )
+    for slot in batch.starts:
+        _add_start(request, slot)
+    return request
 
 
-def _start(slot: Slot) -> run_pb2.Start:
+def _add_start(request: run_pb2.RunRequest, slot: Slot) -> None:
     start = slot.start
-    return run_pb2.Start(
+    request.starts.add(  # made in its place: one made apart is copied into it, ids and all
         slot=slot.number,
         lease=start.lease,
         request_id=start.request_id,

@@ -99,8 +99,8 @@ class Worker:
         """A request has ended; no matter if it was not placed here."""
         self.placed -= self.placements.pop(request_id, 0)
 
-    def view(self, slots_factor: float) -> WorkerView:
-        """What placement needs of it."""
+    def view(self, slots_factor: float, *, holds_adapter: bool, cached_tokens: int) -> WorkerView:
+        """What placement needs of it; what it holds of one request's is handed in."""
         hello = self.hello
         return WorkerView(
             id=hello.worker_id,
@@ -111,6 +111,8 @@ class Worker:
             max_seqs=max(1, hello.max_seqs),
             max_step_tokens=max(1, hello.max_step_tokens),
             kv_used=self.heartbeat.kv_blocks_used / max(1, hello.kv_blocks),
+            holds_adapter=holds_adapter,
+            cached_tokens=cached_tokens,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from lmesh_scheduler.adapters.residency import Residency
 from lmesh_scheduler.admission import AdmissionQueue
@@ -123,7 +122,7 @@ class Placements:
         found = self._index.leading(boot_of(worker.hello), request.granules or ())
         cached = found * model.kv_granule_blocks * model.block_size
         holds = self._residency.holds(worker, request.submission.adapter)
-        return replace(worker.view(self._slots_factor), holds_adapter=holds, cached_tokens=cached)
+        return worker.view(self._slots_factor, holds_adapter=holds, cached_tokens=cached)
 
     def _lease(self, request: Request, worker: Worker) -> None:
         self.made += 1

@@ -118,7 +118,7 @@ def _order(start: run_pb2.Start) -> StartOrder:
         lease=start.lease,
         request_id=start.request_id,
         choice=start.choice,
-        ids=list(start.ids),
+        ids=start.ids[:],
         prompt_len=start.prompt_len,
         params=_params(start.params),
         cache_salt=start.cache_salt,
