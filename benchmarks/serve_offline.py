@@ -60,6 +60,9 @@ def _start_cold() -> None:
     sys.exit(code)
 
 
+_WORDS = {"on": "true", "off": "false"}
+
+
 class Offline:
     """One engine, the cases asked of it, and their lines. `folder` is where a shape's config is written."""
 
@@ -74,13 +77,17 @@ class Offline:
         from workloads import Job
 
         self._args, self._name = args, args.model or args.path
-        settings: dict[str, Any] = dict(option.split("=", 1) for option in args.set)
+        settings = {"load_format": "dummy"} if args.model else {}
+        settings |= {name: _WORDS.get(value, value) for name, _, value in (o.partition("=") for o in args.set)}
+        try:
+            config = msgspec.convert(settings, EngineConfig, strict=False)
+        except msgspec.ValidationError as error:
+            sys.exit(f"--set: {error}")
         if args.model:
-            settings = {"load_format": "dummy", **settings}
             self._files = local_files(save_shape(folder, args.model, tokenizer=False))
         else:
             self._files = resolve(args.path)
-        self._system = EngineSystem(self._files, msgspec.convert(settings, EngineConfig, strict=False))
+        self._system = EngineSystem(self._files, config)
         self._system.run([Job(tuple(range(3, 19)), 1)])
         self.startup_s = process_age_s()
         self._torch = torch

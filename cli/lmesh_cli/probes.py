@@ -40,6 +40,18 @@ def models(address: str, ids: frozenset[str]) -> Probe:
     return probe
 
 
+def everywhere(probe: Probe, processes: int) -> Probe:
+    """Ready when all of so many processes that share a port are.
+
+    The kernel chooses who answers a connection, so each round asks far more often than there are processes.
+    """
+
+    async def asked() -> bool:
+        return all(await asyncio.gather(*(probe() for _ in range(1 if processes == 1 else 5 * processes))))
+
+    return asked
+
+
 def all_of(*probes: Probe) -> Probe:
     """Ready when all are, asked in order."""
 

@@ -164,7 +164,7 @@ def _gateway(plan: MeshPlan, ledger: str, folder: Mapping[str, str]) -> ServiceS
         argv=_module("lmesh_gateway"),
         env=_common(env),
         probe=probes.all_of(
-            probes.grpc_health(plan.grpc_address),
+            probes.everywhere(probes.grpc_health(plan.grpc_address), plan.gateways),
             probes.http_health(plan.http_address),
             probes.models(plan.grpc_address, plan.model_ids),
         ),

@@ -30,8 +30,13 @@ def model(model_id: str, source: str) -> CatalogModel:
 async def test_life_of_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     directory = CatalogDirectory()
     assert not directory.settled  # nothing has been said yet
+    with pytest.raises(ModelLoadingError, match="has yet to hear"):
+        directory.get("m", "")
+    directory.feed([])
     with pytest.raises(ModelNotFoundError, match="served now: none"):
         directory.get("m", "")
+    await directory.close()
+    directory = CatalogDirectory()
     directory.feed([model("m", str(tmp_path))])
     assert not directory.settled
     with pytest.raises(ModelLoadingError):

@@ -119,7 +119,7 @@ class ModelNotFoundError(ServiceError):
 
 
 class ModelLoadingError(ServiceError):
-    """Workers serve the model, and this gateway is still loading its tokenizer."""
+    """This gateway has just started, or is still loading the tokenizer of a model that workers serve."""
 
     code = StatusCode.UNAVAILABLE
     reason = "MODEL_LOADING"

@@ -95,6 +95,9 @@ class CatalogDirectory:
         base, _, asked = model.rpartition(":")
         entry = self._catalog.get(base)
         adapter = None if entry is None else self._adapters[base].find(tenant, asked)
+        if not self._fed:
+            said = "this gateway has yet to hear which models there are; try again"
+            raise ModelLoadingError(said, retry_after_ms=1000)
         if entry is None or adapter is None:
             known = _named([shown for shown, _, _ in self._routes(tenant)])
             raise ModelNotFoundError(f"no worker serves {model!r}; served now: {known}", field="model")
