@@ -81,7 +81,7 @@ class Gateway:
             grace_s=settings.scheduler_grace_s,
             tls=self._tls,
         )
-        self._training = training_servicer.TrainingServicer(self._training_link, self._artifacts)
+        self._training = training_servicer.TrainingServicer(self._training_link, self._artifacts, self.directory.shows)
         self._prompts = PromptBuilder(
             TemplateSandbox(processes=settings.template_processes, timeout_s=settings.template_timeout_s),
             threads=settings.tokenizer_threads,

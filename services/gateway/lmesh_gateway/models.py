@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from lmesh_chassis.backoff import Backoff
+from lmesh_chassis.errors import ServiceError
 from lmesh_kernels.text.digests import text_digest
 from lmesh_kernels.text.generation import GenerationDefaults, load_generation_defaults
 from lmesh_kernels.text.resolve import ModelNotFoundError as FilesNotFoundError
@@ -102,6 +103,14 @@ class CatalogDirectory:
             known = _named([shown for shown, _, _ in self._routes(tenant)])
             raise ModelNotFoundError(f"no worker serves {model!r}; served now: {known}", field="model")
         return self._usable(entry, model, adapter)
+
+    def shows(self, model: str, tenant: str) -> bool:
+        """Whether `get` would find it."""
+        try:
+            self.get(model, tenant)
+        except ServiceError:
+            return False
+        return True
 
     def pinned(self, base: str, *, adapter: str, shown: str) -> ServedModel:
         """A model with the adapter of that content, whether or not it is published still; raises as `get`."""

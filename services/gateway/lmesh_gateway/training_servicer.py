@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from lmesh_gateway.training_link import RelayedError, TrainingLink
 
 SERVICE_NAME = "lmesh.training.v1.TrainingService"
 
+_SHOWN_S, _LOOK_S = 1.0, 0.005  # how long an answer waits for its adapter to be known here, and how often it looks
+
 RpcContext = Any  # grpc's own type leaves its messages open
 Answer = TypeVar("Answer")
 
@@ -28,8 +31,11 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     Nothing lists digests but what shows a tenant its own jobs and adapters.
     """
 
-    def __init__(self, link: TrainingLink, artifacts: ArtifactTransfer | None) -> None:
-        self._link, self._artifacts = link, artifacts
+    def __init__(
+        self, link: TrainingLink, artifacts: ArtifactTransfer | None, shows: Callable[[str, str], bool]
+    ) -> None:
+        """`shows` tells whether this process serves a model of that id to that tenant."""
+        self._link, self._artifacts, self._shows = link, artifacts, shows
         self._watches: set[asyncio.Timeout] = set()
         self._leaving = False
 
@@ -85,8 +91,15 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         return await self._pass_on(self._link.stub.GetAdapter, request, context)
 
     async def PublishAdapter(self, request: pb.PublishAdapterRequest, context: RpcContext) -> pb.PublishAdapterResponse:
-        """Puts a new version into service."""
-        return await self._pass_on(self._link.stub.PublishAdapter, request, context)
+        """Puts a new version into service: the next request that comes here has it."""
+        response = await self._pass_on(self._link.stub.PublishAdapter, request, context)
+        made = response.adapter
+        # Which models there are comes from the scheduler on another stream, and may come after the answer.
+        until = time.monotonic() + _SHOWN_S
+        wanted = f"{made.model}:{made.name}@{made.version}"
+        while not self._shows(wanted, caller.get()) and time.monotonic() < until:  # noqa: ASYNC110 - a matter of milliseconds
+            await asyncio.sleep(_LOOK_S)
+        return response
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: RpcContext) -> pb.DeleteAdapterResponse:
         """Takes versions out of service."""
