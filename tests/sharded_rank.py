@@ -116,4 +116,5 @@ if __name__ == "__main__":
     jobs = json.loads((folder / "measure.json").read_text())
     found = {name: measure(make_spec(told)) for name, told in jobs.items()}
     torch.save(found, folder / f"measured.{dist.get_rank()}")
+    dist.barrier()  # a rank that left while another was still talking to it aborted once, in gloo's own threads
     dist.destroy_process_group()
