@@ -26,6 +26,8 @@ from process_age import BEGAN, now, process_age_s
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 _COLD = "LMESH_BENCH_COLD"
 
+_WORDS = {"on": "true", "off": "false"}  # of settings, beside what EngineConfig reads itself
+
 
 def main() -> None:
     """Parses the command line and measures."""
@@ -58,9 +60,6 @@ def _start_cold() -> None:
         command = [sys.executable, *sys.argv]
         code = os.spawnve(os.P_WAIT, sys.executable, command, {**os.environ, **caches, _COLD: "1", BEGAN: str(now())})
     sys.exit(code)
-
-
-_WORDS = {"on": "true", "off": "false"}
 
 
 class Offline:
