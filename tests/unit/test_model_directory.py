@@ -32,6 +32,9 @@ async def test_life_of_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert not directory.settled  # nothing has been said yet
     with pytest.raises(ModelLoadingError, match="has yet to hear"):
         directory.get("m", "")
+    with pytest.raises(ModelLoadingError, match="has yet to hear"):
+        directory.pinned("m", adapter="", shown="m")  # of a request that a new gateway takes over
+    assert not directory.shows("m", "")
     directory.feed([])
     with pytest.raises(ModelNotFoundError, match="served now: none"):
         directory.get("m", "")

@@ -43,7 +43,8 @@ async def test_the_answer_waits_for_the_catalog() -> None:
     assert asked == [("m:two@3", "acme")] * 3
 
 
-async def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(training_servicer, "_SHOWN_S", 0.02)
     of, asked = servicer([False])
     assert await published(of) == ANSWER and len(asked) > 1
+    assert "not yet known here" in caplog.text

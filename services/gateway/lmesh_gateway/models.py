@@ -96,10 +96,8 @@ class CatalogDirectory:
         base, _, asked = model.rpartition(":")
         entry = self._catalog.get(base)
         adapter = None if entry is None else self._adapters[base].find(tenant, asked)
-        if not self._fed:
-            said = "this gateway has yet to hear which models there are; try again"
-            raise ModelLoadingError(said, retry_after_ms=1000)
         if entry is None or adapter is None:
+            self._check_fed()
             known = _named([shown for shown, _, _ in self._routes(tenant)])
             raise ModelNotFoundError(f"no worker serves {model!r}; served now: {known}", field="model")
         return self._usable(entry, model, adapter)
@@ -116,8 +114,15 @@ class CatalogDirectory:
         """A model with the adapter of that content, whether or not it is published still; raises as `get`."""
         entry = self._catalog.get(base)
         if entry is None:
+            self._check_fed()
             raise ModelNotFoundError(f"no worker serves {base!r} any more", field="model")
         return replace(self._usable(entry, shown), adapter=adapter)
+
+    def _check_fed(self) -> None:
+        """Before the first catalog nothing is known to be missing."""
+        if not self._fed:
+            said = "this gateway has yet to hear which models there are; try again"
+            raise ModelLoadingError(said, retry_after_ms=1000)
 
     def _routes(self, tenant: str) -> Iterator[tuple[str, CatalogModel, PublishedAdapter | None]]:
         for _, entry in sorted(self._catalog.items()):

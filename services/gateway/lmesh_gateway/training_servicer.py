@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -17,6 +18,8 @@ from lmesh_gateway.errors import ArtifactsDisabledError, DrainingError, InvalidA
 from lmesh_gateway.training_link import RelayedError, TrainingLink
 
 SERVICE_NAME = "lmesh.training.v1.TrainingService"
+
+_log = logging.getLogger(__name__)
 
 _SHOWN_S, _LOOK_S = 1.0, 0.005  # how long an answer waits for its adapter to be known here, and how often it looks
 
@@ -99,6 +102,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         wanted = f"{made.model}:{made.name}@{made.version}"
         while not self._shows(wanted, caller.get()) and time.monotonic() < until:  # noqa: ASYNC110 - a matter of milliseconds
             await asyncio.sleep(_LOOK_S)
+        if time.monotonic() >= until:
+            _log.warning("published, and not yet known here", extra={"model": wanted})
         return response
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: RpcContext) -> pb.DeleteAdapterResponse:

@@ -102,7 +102,7 @@ class Engine:
         self._steps = 0
         self.cold = first_times(
             self.platform.device.type != "cpu",
-            self._runner.graph_sizes,
+            None if (graphs := self._runner.graphs) is None else graphs.sizes,
             max_tokens=plan.max_step_tokens,
             max_seqs=plan.max_seqs,
             max_len=plan.max_model_len,
@@ -278,9 +278,10 @@ class Engine:
             self._runner.launch(plan).result()
 
     @property
-    def graphs(self) -> int:
+    def captures(self) -> int:
         """Steps captured so far."""
-        return self._runner.captures
+        graphs = self._runner.graphs
+        return 0 if graphs is None else graphs.captures
 
     def close(self) -> None:
         """Waits for launched work and gives the device back."""

@@ -15,14 +15,14 @@ from lmesh_kernels.ops.prompt_attention import LEAST, STEP
 
 from lmesh_worker.engine.plan import Row, StepPlan
 from lmesh_worker.engine.sequence import Sequence
-from lmesh_worker.engine.step_sizes import StepSizes
+from lmesh_worker.engine.step_sizes import MIXED_SAMPLES, StepSizes
 from lmesh_worker.messages import Params, Start
 
 _GREEDY, _RANDOM, _TRUNCATED = Params(), Params(temperature=1.0), Params(temperature=1.0, top_p=0.9)
 _FEW = 4  # tokens that compile what a prompt needs
 _PROMPT = 512  # of the prompts that make up a step
 _CONTEXT = 700  # tokens before a decode
-_MANY = 65  # decodes beside prompts: more than `graphs` gives room to sample without a second size
+_MANY = MIXED_SAMPLES + 1  # decodes beside prompts, so that the other size of sampling rows is met
 
 
 class FirstTime(NamedTuple):

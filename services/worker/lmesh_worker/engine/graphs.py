@@ -23,13 +23,11 @@ from lmesh_kernels.ops.segmented_plan import SegmentTables
 from lmesh_worker.engine.buffers import Layout
 from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.logit_tables import TableKinds
-from lmesh_worker.engine.step_sizes import StepSizes
+from lmesh_worker.engine.step_sizes import MIXED_SAMPLES, StepSizes
 
 # Tokens of steps of decodes, filled up by a quarter at most, and of steps with prompts, by an eighth from 1,024 on.
 _ROWS = (*range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 80, 8), *range(80, 160, 16), 160, 192, 224)
 _MIXED = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256))
-# Sampling rows of steps with prompts, where there may be more: what they add to such a step is little.
-_MIXED_SAMPLES = 64
 _MOST_GRAPHS = 256
 
 log = logging.getLogger(__name__)
@@ -101,7 +99,7 @@ class StepGraphs:
         self._shape = shape
         rows = (*(n for n in _ROWS if n < max_seqs), max_seqs)
         self.sizes = StepSizes(rows, (*(n for n in _MIXED if n < most_tokens), most_tokens))
-        self._mixed_samples = (*(n for n in (_MIXED_SAMPLES,) if n < max_seqs), max_seqs)
+        self._mixed_samples = (*(n for n in (MIXED_SAMPLES,) if n < max_seqs), max_seqs)
         self._captured: OrderedDict[GraphKey, Captured] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
         self._refused: set[GraphKey] = set()

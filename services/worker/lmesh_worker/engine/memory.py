@@ -84,8 +84,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
     # Speed must not cost a model its place: packed only where half the budget is left for KV blocks.
     packed = packed if weights + packed + activations + tables <= budget // 2 else 0
     adapters = config.max_adapter_bytes or int(budget * _ADAPTER_SHARE.get(platform.name, _ADAPTER_SHARE_DEVICE))
-    left = budget - weights - packed - activations - graphs - logits - tables - adapters
-    kv_blocks = _kv_blocks(config, block, left, cap)
+    taken = weights + packed + activations + graphs + logits + tables + adapters
+    kv_blocks = _kv_blocks(config, block, budget - taken, cap)
     lines = {
         "free": free,
         "weights": weights,
@@ -98,7 +98,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, platform: Platform) ->
         "kv_cache": kv_blocks * block,
         "kv_block": block,
     }
-    _check_fit(lines, kv_blocks * block > free - weights - packed - activations - graphs - logits - tables - adapters)
+    _check_fit(lines, kv_blocks * block > free - taken)
     max_model_len = _max_model_len(config, model, kv_blocks, block_size, lines)
     log.info("memory plan", extra={"plan_bytes": lines})
     return MemoryPlan(

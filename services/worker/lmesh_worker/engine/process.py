@@ -129,7 +129,7 @@ def _warm_next(engine: Engine, channel: Channel) -> None:
         log.warning("a step that came for the first time failed: %s: %s", type(error).__name__, error)
     if not engine.cold:
         _settle()
-        log.info("the usual steps have come for the first time", extra={"graphs": engine.graphs})
+        log.info("the usual steps have come for the first time", extra={"captures": engine.captures})
     channel.send(ProgressChange(Progress.OK))
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lmesh_worker.engine.compute import Compute, StepOutputs, drawn_views
 from lmesh_worker.engine.device_steps import DeviceSteps
+from lmesh_worker.engine.graphs import StepGraphs
 from lmesh_worker.engine.host_steps import HostSteps
 from lmesh_worker.engine.inputs import PromptScoring, StepColumns
 from lmesh_worker.engine.logit_tables import LogitTables
 from lmesh_worker.engine.plan import StepPlan
 from lmesh_worker.engine.slots import Slots
-from lmesh_worker.engine.step_sizes import StepSizes
 
 Scores = tuple[Tensor, Tensor, Tensor]  # chosen [N], ids of the best [N, k], their log-probabilities [N, k]
 
@@ -89,16 +89,9 @@ class Runner:
         self._launched = 0
 
     @property
-    def graph_sizes(self) -> StepSizes | None:
-        """Of the steps that are captured; None where none is."""
-        graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
-        return None if graphs is None else graphs.sizes
-
-    @property
-    def captures(self) -> int:
-        """Steps captured so far."""
-        graphs = self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
-        return 0 if graphs is None else graphs.captures
+    def graphs(self) -> StepGraphs | None:
+        """Of captured steps; None where none is captured."""
+        return self.steps.graphs if isinstance(self.steps, DeviceSteps) else None
 
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
         """Starts a step after those launched before; whatever goes wrong, its result raises it.

@@ -1,7 +1,7 @@
 """How many tokens an accelerator's step takes, and up to how many it is captured: by the work of a model's layers.
 
-The rates are those of one H200, of which an H100 differs little here: 600 TFLOP/s over a step's products, and 0.75 ms
-of its host to launch a layer's kernels one by one, 1.1 to 1.4 on a slow one.
+The rates are those of one H200, of which an H100 differs little here: 600 TFLOP/s over a step's products, and 1.1 to
+1.4 ms of a slow host to launch a layer's kernels one by one; 0.75 is reckoned with, for most hosts are faster.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ _LAUNCH_S = 0.75e-3  # of a layer
 # Decodes wait for the prompts beside them: such a step should take no longer.
 _STEP_S = 0.1
 _LONG_STEP, _STEP = 16384, 8192
+# Sampling rows of captured steps with prompts, where there may be more: what they add to such a step is little.
+MIXED_SAMPLES = 64
 _LEAST_CAPTURED, _MOST_CAPTURED = 1024, 4096
 
 
