@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmesh_kernels.ops.linear_tiles import launch_options, takes_pdl
+
 
 @triton.jit
 def _rms_norm(
@@ -20,11 +22,15 @@ def _rms_norm(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     scale = tl.load(weight + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         wide += tl.load(residual + row * size + column, mask=inside, other=0.0).to(tl.float32)
@@ -46,7 +52,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(out)
     if flat.shape[0]:
-        block = triton.next_power_of_2(size)
+        block, pdl = triton.next_power_of_2(size), takes_pdl(x.device)
         _rms_norm[(flat.shape[0],)](
             flat,
             flat if residual is None else residual,
@@ -58,6 +64,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
             eps,
             HAS_RESIDUAL=residual is not None,
             BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
+            PDL=pdl,
+            **launch_options(min(16, max(1, block // 512)), 3, pdl),
         )
     return out.view(x.shape), total.view(x.shape)
