@@ -74,8 +74,11 @@ def profile_decode(engine: Engine, rows: int, *, context: int = 512, steps: int 
         waits_us = sum(waited) / steps * 1e6
         gpu = engine.platform.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-        with profile(activities=activities, acc_events=True) as recorded, record_function(_REGION):
-            profiled_us = _timed(engine, steps)
+        with profile(activities=activities, acc_events=True) as recorded:
+            _settle(gpu)  # so that what the device does from here on is of these steps alone
+            with record_function(_REGION):
+                profiled_us = _timed(engine, steps)
+            _settle(gpu)  # the host is a step ahead
     finally:
         for key in keys:
             engine.abort(key)
@@ -112,12 +115,26 @@ def _timed(engine: Engine, steps: int) -> float:
     return (time.perf_counter() - begin) / steps * 1e6
 
 
+def _settle(gpu: bool) -> None:
+    """Waits until the device has done what it was given."""
+    if gpu:
+        torch.cuda.synchronize()
+
+
 def _steady(events: Iterable[Any]) -> list[Any]:
-    """Events of the profiled steps, without those of the profiler's own start and end."""
+    """Events of the profiled steps: the host's within the region, the device's from its begin on."""
     events = list(events)
-    region = next(e for e in events if e.name == _REGION and e.device_type == torch.autograd.DeviceType.CPU)
+    region = next(e for e in events if e.name == _REGION and not _on_device(e))
     begin, end = region.time_range.start, region.time_range.end
-    return [e for e in events if e.name != _REGION and begin <= e.time_range.start <= end]
+    return [
+        e
+        for e in events
+        if e.name != _REGION and begin <= e.time_range.start and (_on_device(e) or e.time_range.start <= end)
+    ]
+
+
+def _on_device(event: Any) -> bool:  # noqa: ANN401 - the profiler's own class has no stubs
+    return bool(event.device_type != torch.autograd.DeviceType.CPU)
 
 
 def _summarise(events: list[Any], steps: int, gpu: bool) -> StepProfile:
@@ -126,7 +143,7 @@ def _summarise(events: list[Any], steps: int, gpu: bool) -> StepProfile:
     waits: dict[str, float] = defaultdict(float)
     spans: list[tuple[float, float]] = []
     for event in events:
-        on_device = event.device_type != torch.autograd.DeviceType.CPU
+        on_device = _on_device(event)
         took = event.time_range.end - event.time_range.start
         if on_device:
             spans.append((event.time_range.start, event.time_range.end))

@@ -143,6 +143,22 @@ def test_sizes_hold_what_they_are_for() -> None:
     assert not graphs.due(key) and graphs.due(key)
 
 
+def test_few_pieces_have_a_graph_of_their_own() -> None:
+    """Attention launches as many programs as a graph's list has room for work."""
+    shape = Shape(kv_heads=8, group=4, wide_rows=32, programs=1056, most_parts=4096)
+    graphs = StepGraphs(shape, max_seqs=100, most_tokens=2048)
+
+    def room(rows: int, keys: int, *, mixed: bool = False) -> int:
+        pieces = plan_pieces(np.ones(rows, np.int32), np.full(rows, keys, np.int32), shape)
+        key = graphs.key(rows, rows, pieces, GREEDY, mixed=mixed)
+        assert key is not None and len(pieces.narrow) <= key.narrow
+        return key.narrow
+
+    assert room(1, 700) == room(1, 2048) < room(1, 2049) == room(1, 100_000)
+    assert room(2, 700) == 2 * room(1, 700) and room(1, 700, mixed=True) == room(64, 700)
+    assert room(100, 3) >= 100
+
+
 def test_steps_with_prompts_have_few_sizes() -> None:
     graphs = StepGraphs(SHAPE, max_seqs=100, most_tokens=2048)
     rooms = AdapterRoom(tiles=3, ranks=32, height=64), AdapterRoom(tiles=8, ranks=32, height=64)

@@ -4,7 +4,8 @@ A piece is some query rows that see one stretch of one sequence's cached keys. N
 many as a tile takes: rows of a prefill chunk, or rows of different sequences over the prefix that they share, which is
 so read once for all of them (as in cascade attention: Juravsky et al. 2024, arXiv 2402.05099). Where a step has less
 pieces than the device has processors for, keys are split (Dao et al. 2023, Flash-Decoding) and each row's parts are
-joined by their log-sum-exps. How many programs run does not depend on the list, so a captured graph replays any list.
+joined by their log-sum-exps. How many programs run depends on the room of the list and not on what it holds, so a
+captured graph replays any list that it has room for.
 """
 
 from __future__ import annotations

@@ -75,6 +75,6 @@ def normed_row(
     outputs, inputs = weight.shape
     y = x.new_empty(1, outputs // 2 if gated else outputs) if out is None else out
     stream = x if residual is None else x.new_empty(1, inputs) if total is None else total
-    tile = norm_tile(inputs, device, gated=gated)
+    tile = norm_tile(outputs, inputs, device, gated=gated)
     normed_row_product(x, residual, norm_weight, eps, weight, bias, y, stream, tile, gated=gated, pdl=device.pdl)
     return y, stream

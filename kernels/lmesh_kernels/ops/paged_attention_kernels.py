@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork
+from lmesh_kernels.ops.cache_ahead_kernels import LINE_BYTES, into_cache
 from lmesh_kernels.ops.device_attention import Scratch, Tile
 from lmesh_kernels.ops.linear_tiles import launch_options
 
@@ -89,6 +90,32 @@ def _stretch(
 
 
 @triton.jit
+def _keys_into_cache(
+    keys,
+    values,
+    tables,
+    piece,
+    kv_head,
+    table_stride,
+    token_stride,
+    block_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The first stretch of a piece, so that no latency of the memory is left when the queries are there."""
+    LINE: tl.constexpr = min(BLOCK_D, LINE_BYTES * 8 // keys.dtype.element_ty.primitive_bitwidth)
+    sequence, begin, stop = tl.load(piece + 2), tl.load(piece + 3), tl.load(piece + 4)
+    key = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(tables + sequence * table_stride + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
+    token = block * block_stride + key % BLOCK_SIZE * token_stride + kv_head * HEAD_DIM
+    line = tl.minimum(tl.arange(0, BLOCK_D // LINE) * LINE, HEAD_DIM - 1)
+    into_cache(keys + token[:, None] + line[None, :])
+    into_cache(values + token[:, None] + line[None, :])
+
+
+@triton.jit
 def _attend(
     q,
     keys,
@@ -119,12 +146,22 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     work = tl.load(count) * KV_HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if AHEAD:  # noqa: SIM102 - the compiler knows this half alone
+            if tl.program_id(0) < work:
+                _keys_into_cache(
+                    keys, values, tables, pieces + tl.program_id(0) // KV_HEADS * FIELDS, tl.program_id(0) % KV_HEADS,
+                    table_stride, token_stride, block_stride, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
+                )  # fmt: skip
+        # Who has no work need not wait. But one program must: if all ended before the kernel ahead did, whoever waits
+        # for this one would begin too early.
+        if tl.program_id(0) < tl.maximum(work, 1):
+            tl.extra.cuda.gdc_wait()
     place = tl.arange(0, BLOCK_D)
     under = tl.arange(0, BLOCK_M)
     for at in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -251,7 +288,7 @@ def paged_attention_triton(
     for present, pieces, kind, tile in kinds:
         if not present:
             continue
-        _attend[(programs,)](
+        _attend[(min(programs, len(pieces) * kv_heads),)](
             q,
             keys,
             values,
@@ -281,6 +318,7 @@ def paged_attention_triton(
             BLOCK_N=tile.keys,
             BLOCK_SIZE=block_size,
             PRECISION="ieee" if exact else None,
+            AHEAD=kind == 0 and len(pieces) * kv_heads < programs,
             PDL=pdl,
             **launch_options(tile.warps, tile.stages, pdl),
         )
