@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from lmesh_kernels.ops import attention_work
-from lmesh_kernels.ops.attention_work import on_device, plan_pieces
+from lmesh_kernels.ops.attention_work import FIELDS, on_device, plan_pieces
 from lmesh_kernels.ops.device_attention import DeviceAttention
+from lmesh_kernels.ops.linear_tiles import takes_pdl
 from lmesh_kernels.ops.paged_attention_kernels import paged_attention_triton
 from torch import Tensor
 
@@ -90,6 +91,9 @@ class Case:
         shape = replace(attention.shape, programs=max(64, attention.shape.programs))
         pieces = plan_pieces(self.q_lens, self.kv_lens, shape, groups=self.groups)
         work = on_device(pieces, lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(place))
+        # As a graph's lists they have room for more; what stands there is of an earlier step, and must not be read.
+        stale = torch.full((5, FIELDS), 1 << 20, dtype=torch.int32, device=place)
+        work = replace(work, narrow=torch.cat([work.narrow, stale]), wide=torch.cat([work.wide, stale]))
         return paged_attention_triton(
             self.q.to(place, dtype),
             *self.cache.to(place, dtype),
@@ -100,6 +104,7 @@ class Case:
             narrow=attention.narrow,
             wide=attention.wide,
             programs=max(2, attention.programs),
+            pdl=takes_pdl(place),
             **told,  # type: ignore[arg-type]
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +115,20 @@ class TestFigures:
         assert (line["tok_s"], line["tok_s_min"], line["tok_s_max"]) == (3.0, 1.0, 5.0)
         assert (line["requests"], line["failed"]) == (12, 1)
         assert online.over_runs([{"requests": 2, "failed": 2}])["failed"] == 2
+
+    def test_a_profile_has_what_the_device_does_after_the_host_is_done(self, load: Any) -> None:
+        profile = load("step_profile")
+        cpu, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+        def event(name: str, where: Any, start: float) -> SimpleNamespace:
+            return SimpleNamespace(name=name, device_type=where, time_range=SimpleNamespace(start=start, end=start + 1))
+
+        region = event(profile._REGION, cpu, 10)
+        region.time_range.end = 20
+        shown = event(profile._REGION, device, 10)
+        mine = [event("launch", cpu, 12), event("kernel", device, 15), event("last kernel", device, 25)]
+        others = [event("launch", cpu, 5), event("kernel", device, 9), event("cudaDeviceSynchronize", cpu, 21)]
+        assert profile._steady([*others, region, shown, *mine]) == mine
 
     def test_overlapping_kernels_are_busy_once(self, load: Any) -> None:
         covered = load("step_profile")._covered

@@ -108,9 +108,9 @@ def row_tile(outputs: int, inputs: int) -> RowTile:
     if inputs < 2048:
         return RowTile(4, 512, 4)  # 4096 x 1024 3.5 (5.9), 151936 x 1024 71.6 (75.0)
     if outputs <= 4096 and inputs <= 8192:
-        return RowTile(8, 1024, 8)  # 2048 x 2048 3.1 (6.0), 2048 x 8192 9.2 (13.6), 4096 x 4096 8.7 (13.4)
+        return RowTile(8, 1024, 8)  # 2048 x 2048 3.1 (6.0), 2048 x 8192 9.2 (13.6)
     if outputs <= 4096:
-        return RowTile(4, 2048, 8)  # 4096 x 14336 29.9 (31.9); in llama-8b's steps 3.4 less than by 8 rows
+        return RowTile(4, 2048, 8)  # 4096 x 14336 3.5 less in llama-8b's steps than by 8 rows, alone 29.9 (31.9)
     return RowTile(4, 1024, 4)  # 16384 x 2048 18.1 (18.1), 28672 x 4096 56.0 (56.6), 128256 x 2048 117 (122)
 
 
@@ -119,9 +119,10 @@ def norm_tile(outputs: int, inputs: int, device: DeviceFacts, *, gated: bool) ->
 
     The norm costs nothing beside the weights: 6144 x 4096 13.8 (17.7), 3072 x 2048 4.2 (6.1), gated 28672 x
     4096 54.5 (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
-    Processors do not get on alike: with one wave of programs gated 28672 x 4096 took 65 us in llama-8b's steps, the
-    first done 19 us before the last, and with four waves 62. Shorter programs than those pay for the norm too often
-    (16384 x 2048 in four waves, two steps a program: 5 us more).
+    These were one wave of programs, one product after the other. In llama-8b's steps such a wave of gated 28672 x 4096
+    took 65 us, and the kernel behind it found room 19 us before the last program was done: processors do not get on
+    alike. Four waves take 3 us less. Programs shorter than that pay for the norm too often (16384 x 2048 in four waves,
+    two steps a program: 5 us more).
     """
     width = 1 << (inputs - 1).bit_length()
     rows = min(16, max(1, (4096 if gated else 8192) // width))
