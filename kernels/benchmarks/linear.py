@@ -126,8 +126,10 @@ def tiles(name: str, rows: int, outputs: int, inputs: int) -> Iterator[tuple[str
     if rows == 1:
         for row in map(RowTile._make, product((1, 2, 4, 8, 16), (512, 1024, 2048), (4, 8))):
             yield "linear", row, partial(row_product, x, bias=None, out=y, tile=row, pdl=facts.pdl)
-        for height, warps, share in product((1, 2, 4, 8), (4, 8), (2, 4, 8)):
-            tile = NormTile(height, warps, share * facts.processors)
+        for height, at_once, first, later in product((1, 2, 4, 8), (2, 4), (0.5, 0.7, 1), (1, 2, 4)):
+            wave = at_once * facts.processors
+            steps = math.ceil(first * (outputs // 2 if name == "gate_up" else outputs) / (height * wave))
+            tile = NormTile(height, 4, wave, steps, later)
             if name == "qkv":
                 yield "norm_linear", tile, partial(normed, tile=tile, out=y, gated=False)
             elif name == "gate_up":

@@ -15,7 +15,7 @@ from lmesh_kernels.layers.attention import PagedAttention
 from lmesh_kernels.ops import attention_work, embedding, rms_norm, rope_kv, silu_mul
 from lmesh_kernels.platforms import detect
 from lmesh_kernels.text.resolve import local_files
-from lmesh_worker.engine import device_steps
+from lmesh_worker.engine import device_steps, graphs
 from lmesh_worker.engine.buffers import Arena, Layout
 from lmesh_worker.engine.compute import StepOutputs
 from lmesh_worker.engine.config import EngineConfig
@@ -127,7 +127,9 @@ def replaying(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceSt
     return steps, followed
 
 
-def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most_alone", [0, 4])
+def test_replayed_steps_give_the_same_ids(tiny: Path, most_alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_ALONE", most_alone)
     alone = starts(more=12)[1:4]  # nobody shares, nobody has penalties
     expected = engine_of(tiny).generate(alone)
     engine = engine_of(tiny)
@@ -135,6 +137,7 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, monkeypatch: pytest.Monkey
     assert engine.generate(alone) == expected
     assert steps.graphs is not None
     assert steps.graphs.captures > 1 and len(followed) > 8, "nothing was replayed, or no step followed another"
+    assert any(key.alone for key in steps.graphs._captured) == bool(most_alone)
     assert engine.load().kv_blocks_used == 0
 
 

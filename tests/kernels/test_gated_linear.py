@@ -16,7 +16,7 @@ from tests.kernels.product_bounds import Bounded, draw, exactly, gated, norm, po
 
 EPS = 1e-5
 SMALL = [(1, 4), (5, 8), (70, 68)]
-LARGE = [(504, 520), (3072, 1024), (8192, 2048), (14336, 4096)]
+LARGE = [(504, 520), (3072, 1024), (8192, 2048), (14336, 4096), (1000, 5120)]
 
 
 def bounded(x: Bounded, weight: torch.Tensor, bias: torch.Tensor | None, *, stored: bool) -> Bounded:
@@ -46,7 +46,7 @@ def test_kernels_interpreted(shape: tuple[int, int], biased: bool) -> None:
             assert wanted.admits(out)
     x, residual = (draw(1, inputs, dtype=torch.float32, device="cpu", seed=i) for i in (3, 4))
     scale = draw(inputs, dtype=torch.float32, device="cpu", seed=5)
-    for norm_tile in (NormTile(1, 4, 2), NormTile(4, 4, 1000)):
+    for norm_tile in (NormTile(1, 4, 2, 20, 2), NormTile(1, 4, 3, 40, 1), NormTile(4, 4, 1000, 1, 1)):
         out, total = poison(1, outputs, like=x), poison(1, inputs, like=x)
         normed_row_product(x, residual, scale, EPS, weight, bias, out, total, norm_tile, gated=True, pdl=False)
         assert torch.equal(total, x + residual)

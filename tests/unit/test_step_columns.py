@@ -143,20 +143,25 @@ def test_sizes_hold_what_they_are_for() -> None:
     assert not graphs.due(key) and graphs.due(key)
 
 
-def test_few_pieces_have_a_graph_of_their_own() -> None:
-    """Attention launches as many programs as a graph's list has room for work."""
+def test_decodes_alone_have_graphs_of_their_own() -> None:
+    """Attention launches as many programs as such a graph's list has room for work."""
     shape = Shape(kv_heads=8, group=4, wide_rows=32, programs=1056, most_parts=4096)
     graphs = StepGraphs(shape, max_seqs=100, most_tokens=2048)
 
-    def room(rows: int, keys: int, *, mixed: bool = False) -> int:
+    def key(rows: int, keys: int, **told: bool) -> GraphKey:
         pieces = plan_pieces(np.ones(rows, np.int32), np.full(rows, keys, np.int32), shape)
-        key = graphs.key(rows, rows, pieces, GREEDY, mixed=mixed)
-        assert key is not None and len(pieces.narrow) <= key.narrow
-        return key.narrow
+        found = graphs.key(rows, rows, pieces, GREEDY, **told)
+        assert found is not None and len(pieces.narrow) <= found.narrow
+        return found
 
-    assert room(1, 700) == room(1, 2048) < room(1, 2049) == room(1, 100_000)
-    assert room(2, 700) == 2 * room(1, 700) and room(1, 700, mixed=True) == room(64, 700)
-    assert room(100, 3) >= 100
+    few, more = key(1, 700, alone=True), key(1, 2049, alone=True)
+    assert few.alone and few == key(1, 2048, alone=True) and key(2, 700, alone=True).narrow == 2 * few.narrow
+    assert more.alone and more == key(1, 100_000, alone=True) and more.narrow > few.narrow
+    for other in (key(1, 700), key(1, 700, alone=True, mixed=True), key(9, 700, alone=True)):
+        assert not other.alone and other.narrow > more.narrow
+    pieces = plan_pieces(np.ones(2, np.int32), np.full(2, 512, np.int32), shape, groups=((0, 2, 256),))
+    shared = graphs.key(2, 2, pieces, GREEDY, alone=True)
+    assert shared is not None and not shared.alone
 
 
 def test_steps_with_prompts_have_few_sizes() -> None:

@@ -62,6 +62,20 @@ class PagedAttention:
         qkv [T, (heads + 2 * kv_heads) * head_dim], rotation [T, head_dim]; returns [T, heads * head_dim].
         """
         keys, values = self.kv.layer(layer)
+        if self.device is not None and self._work is not None and self._work.alone:
+            return self.device.decode(
+                qkv,
+                rotation,
+                batch.kv_slots,
+                keys,
+                values,
+                batch.block_tables,
+                self._work,
+                q_norm=q_norm,
+                k_norm=k_norm,
+                eps=eps,
+                scale=keys.shape[-1] ** -0.5,
+            ).flatten(1)
         q = rope_kv(qkv, rotation, batch.kv_slots, keys, values, q_norm=q_norm, k_norm=k_norm, eps=eps)
         if self.device is not None and self._work is not None:
             own = qkv.view(len(qkv), -1, q.shape[-1])[:, q.shape[1] :].chunk(2, dim=1)

@@ -79,6 +79,8 @@ class AttentionWork:
     has_wide: bool
     joined: int  # rows from the first on among which are all that have parts; 0 where none has
     prompts: tuple[Prompt, ...] = ()  # whole prompts that another kernel takes
+    # Narrow pieces alone, few, and of no row keys that another one writes in this step: `decode_attention` takes them.
+    alone: bool = False
 
 
 def plan_pieces(

@@ -127,6 +127,41 @@ class DeviceAttention:
             attend_prompt(q, *own, prompt, out, scale=scale)
         return out
 
+    def decode(
+        self,
+        qkv: Tensor,
+        rotation: Tensor,
+        kv_slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        work: AttentionWork,
+        *,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        scale: float,
+    ) -> Tensor:
+        """`rope_kv` and `attend` in one, of work that is `alone`; returns [T, heads, head_dim]."""
+        from lmesh_kernels.ops.decode_attention_kernels import decode_attention_triton
+
+        return decode_attention_triton(
+            qkv,
+            rotation,
+            kv_slots,
+            keys,
+            values,
+            tables,
+            work,
+            self.scratch,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            scale=scale,
+            tile=self.narrow,
+            pdl=self._pdl,
+        )
+
 
 def _processors(device: torch.device) -> int:
     if device.type == "cuda":

@@ -53,7 +53,7 @@ def _dots(w, v, bias, row, outputs, has_bias):
     return tl.sum(w.to(tl.float32) * v[None, :], axis=1) + own
 
 
-@triton.jit(do_not_specialize=["outputs", "has_residual", "has_bias"])
+@triton.jit(do_not_specialize=["outputs", "wave", "steps", "has_residual", "has_bias"])
 def _normed_row(
     x,
     residual,
@@ -64,6 +64,8 @@ def _normed_row(
     total,
     outputs,
     inputs,
+    wave,
+    steps,
     eps,
     has_residual,
     has_bias,
@@ -73,10 +75,15 @@ def _normed_row(
     PDL: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
-    step = tl.num_programs(0) * ROWS
     column = tl.arange(0, WIDTH)
     inside = column < inputs
-    row = program * ROWS + tl.arange(0, ROWS)
+    # Those of the first wave share the rows up to `end`, those after it the rest.
+    start, step = program * ROWS, wave * ROWS
+    end = tl.minimum(outputs, steps * step)
+    if program >= wave:
+        start, step = end + (program - wave) * ROWS, (tl.num_programs(0) - wave) * ROWS
+        end = outputs
+    row = start + tl.arange(0, ROWS)
     begin = weight + column[None, :]
     up = begin + outputs.to(tl.int64) * inputs
     place = tl.minimum(row, outputs - 1).to(tl.int64)[:, None] * inputs
@@ -94,11 +101,11 @@ def _normed_row(
     rstd = tl.rsqrt(tl.sum(v * v, axis=0) / inputs + eps)
     # Rounded twice, as `rms_norm` does.
     v = ((v * rstd).to(x.dtype.element_ty) * scale).to(tl.float32)
-    for first in range(program * ROWS, outputs, step):
+    for first in range(start, end, step):
         row = first + tl.arange(0, ROWS)
         after = row + step
         place = tl.minimum(after, outputs - 1).to(tl.int64)[:, None] * inputs
-        more = (after < outputs)[:, None] & inside[None, :]
+        more = (after < end)[:, None] & inside[None, :]
         following = tl.load(begin + place, mask=more, other=0.0)
         if GATED:
             following_up = tl.load(up + place, mask=more, other=0.0)
@@ -106,7 +113,7 @@ def _normed_row(
         if GATED:
             result = result / (1.0 + tl.exp(-result)) * _dots(w_up, v, bias + outputs, row, outputs, has_bias)
             w_up = following_up
-        tl.store(y + row, result.to(y.dtype.element_ty), mask=row < outputs)
+        tl.store(y + row, result.to(y.dtype.element_ty), mask=row < end)
         w = following
 
 
@@ -148,8 +155,10 @@ def normed_row_product(
     """
     inputs = weight.shape[1]
     outputs = out.shape[1]
-    programs = min(triton.cdiv(outputs, tile.rows), tile.programs)
-    _normed_row[(programs,)](
+    todo = triton.cdiv(outputs, tile.rows)
+    wave = min(todo, tile.wave)
+    rest = max(0, todo - wave * tile.steps)
+    _normed_row[(wave + triton.cdiv(rest, tile.later),)](
         x,
         x if residual is None else residual,
         norm_weight,
@@ -159,6 +168,8 @@ def normed_row_product(
         x if total is None else total,
         outputs,
         inputs,
+        wave,
+        tile.steps,
         eps,
         int(residual is not None),
         int(bias is not None),

@@ -6,6 +6,7 @@ than the cache, microseconds, cuBLAS' in brackets (benchmarks/linear.py; the dev
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor
 # From here on products are bound by arithmetic, and torch's own are ahead.
 MOST_ROWS = 128
 _MOST_GATED_ROWS = 256
-# The fused norm holds a row in registers.
-MOST_NORMED = 8192
-_NORM_STEPS = 7  # of a program that makes the norm
+# Wider rows have their norm in a launch of its own: a program holds a row and its weights in registers, and from here
+# on too few programs find room (products of a layer of Qwen3-14B, hidden size 5,120: 237 us with it, 161 without).
+MOST_NORMED = 4096
+_FIRST_WAVE = 0.7  # of a gated product's steps
 
 
 class DeviceFacts(NamedTuple):
@@ -37,11 +39,16 @@ class RowTile(NamedTuple):
 
 
 class NormTile(NamedTuple):
-    """One row's product with its norm: `programs` of them share the weights' rows, `rows` at a time."""
+    """One row's product with its norm: `rows` of the weights a program and step.
+
+    The first `wave` programs run `steps` steps each, those that follow take what is left, `later` steps each.
+    """
 
     rows: int
     warps: int
-    programs: int
+    wave: int
+    steps: int
+    later: int
 
 
 class ProductTile(NamedTuple):
@@ -104,31 +111,40 @@ def launch_options(warps: int, stages: int, pdl: bool) -> dict[str, Any]:
 
 
 def row_tile(outputs: int, inputs: int) -> RowTile:
-    """For one row."""
+    """For one row: as much of the weights under way at once as there is, best in one wave of programs.
+
+    Figures are a whole layer's products in one graph, beside the tile that was next (8 rows by 1024 where not said).
+    """
     if inputs < 2048:
-        return RowTile(4, 512, 4)  # 4096 x 1024 3.5 (5.9), 151936 x 1024 71.6 (75.0)
-    if outputs <= 4096 and inputs <= 8192:
-        return RowTile(8, 1024, 8)  # 2048 x 2048 3.1 (6.0), 2048 x 8192 9.2 (13.6)
-    if outputs <= 4096:
-        return RowTile(4, 2048, 8)  # 4096 x 14336 3.5 less in llama-8b's steps than by 8 rows, alone 29.9 (31.9)
-    return RowTile(4, 1024, 4)  # 16384 x 2048 18.1 (18.1), 28672 x 4096 56.0 (56.6), 128256 x 2048 117 (122)
+        return RowTile(4, 512, 4)  # alone: 4096 x 1024 3.5 (5.9), 151936 x 1024 71.6 (75.0)
+    if outputs <= 2048:
+        # 2048 x 8192 34.6 (4 rows by 1024: 35.3), 2048 x 2048 within 0.2 us of each other
+        return RowTile(4, 1024, 4) if inputs == 2048 else RowTile(8, 1024, 8)
+    if 4096 <= outputs <= 5120:
+        return RowTile(8, 512, 4)  # 4096 x 4096 107.0 (108.2), 4096 x 14336 104.5 (105.1), 5120 x 17408 161 (166)
+    return RowTile(4, 1024, 4)  # 3072 x 8192 54.4 (56.0), 10240 x 5120 258 (260), 34816 x 5120 177 (183)
 
 
 def norm_tile(outputs: int, inputs: int, device: DeviceFacts, *, gated: bool) -> NormTile:
-    """For one row with its norm: 16 KiB of weights a program and step, four programs a multiprocessor at once.
+    """For one row with its norm, four programs a multiprocessor at once.
 
-    The norm costs nothing beside the weights: 6144 x 4096 13.8 (17.7), 3072 x 2048 4.2 (6.1), gated 28672 x
-    4096 54.5 (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
-    These were one wave of programs, one product after the other. In llama-8b's steps such a wave of gated 28672 x 4096
-    took 65 us, and the kernel behind it found room 19 us before the last program was done: processors do not get on
-    alike. Four waves take 3 us less. Programs shorter than that pay for the norm too often (16384 x 2048 in four waves,
-    two steps a program: 5 us more).
+    The norm costs nothing beside the weights: 6144 x 4096 13.8 (17.7), 3072 x 2048 4.2 (6.1), gated 28672 x 4096 54.5
+    (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
+    Processors do not get on alike: in llama-8b's steps one wave of programs over gated 28672 x 4096 left half of them
+    without work for 19 us. So the first wave takes most of a gated product, and programs of two steps the rest, each
+    where there is room: a step of the model takes 3,955 us, with one wave 4,277, with four alike 4,097 (20 of 27 steps
+    in the first wave; 16: 3,984, 22: 4,033). Programs of one step make the norm too often (4,062). Other products, of
+    3 to 6 steps a program, gain nothing by it.
     """
     width = 1 << (inputs - 1).bit_length()
-    rows = min(16, max(1, (4096 if gated else 8192) // width))
-    at_once = 4 * device.processors
-    waves = max(1, round((outputs // 2 if gated else outputs) / (rows * _NORM_STEPS * at_once)))
-    return NormTile(rows, 4 if width <= 4096 else 8, waves * at_once)
+    rows = max(1, 2048 // width) if gated else max(2, 4096 // width)
+    wave = 4 * device.processors
+    share = (outputs // 2 if gated else outputs) / (rows * wave)
+    if not gated or share < 2:
+        return NormTile(rows, 4, wave, max(1, math.ceil(share)), 1)
+    if share < 8:
+        return NormTile(rows, 4, wave, int(share), 1)
+    return NormTile(rows, 4, wave, int(_FIRST_WAVE * share), 2)
 
 
 def product_tile(rows: int, outputs: int, device: DeviceFacts, *, always: bool = False) -> ProductTile | None:

@@ -1,4 +1,4 @@
-"""The Triton form of `paged_attention`: programs that walk a step's pieces (see `attention_work`), and one that joins.
+"""The Triton form of `paged_attention`: programs that walk a step's pieces (see `attention_work`).
 
 Query heads that share a key head stand under each other in one tile, so that keys and values are read once for all of
 them. Scores, sums and parts are float32; exponentials are to the base 2.
@@ -12,16 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork
-from lmesh_kernels.ops.cache_ahead_kernels import LINE_BYTES, into_cache
 from lmesh_kernels.ops.device_attention import Scratch, Tile
+from lmesh_kernels.ops.join_parts_kernels import join_parts
 from lmesh_kernels.ops.linear_tiles import launch_options
 
 _LOG2_E = 1.4426950408889634
-# Heads of a program that joins, and parts at a time, for few rows and for many: few should spread (8 heads a program
-# cost one sequence of 700 keys 1.9 us more, of 7.2), but most of many rows have no parts, and programs that find none
-# cost, too (one a head: 320 us for 8,200 rows).
-_FEW_JOINED = 64
-_JOIN_FEW, _JOIN_MANY = (1, 8), (8, 4)
 
 
 @triton.jit
@@ -90,32 +85,6 @@ def _stretch(
 
 
 @triton.jit
-def _keys_into_cache(
-    keys,
-    values,
-    tables,
-    piece,
-    kv_head,
-    table_stride,
-    token_stride,
-    block_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """The first stretch of a piece, so that no latency of the memory is left when the queries are there."""
-    LINE: tl.constexpr = min(BLOCK_D, LINE_BYTES * 8 // keys.dtype.element_ty.primitive_bitwidth)
-    sequence, begin, stop = tl.load(piece + 2), tl.load(piece + 3), tl.load(piece + 4)
-    key = begin + tl.arange(0, BLOCK_N)
-    block = tl.load(tables + sequence * table_stride + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
-    token = block * block_stride + key % BLOCK_SIZE * token_stride + kv_head * HEAD_DIM
-    line = tl.minimum(tl.arange(0, BLOCK_D // LINE) * LINE, HEAD_DIM - 1)
-    into_cache(keys + token[:, None] + line[None, :])
-    into_cache(values + token[:, None] + line[None, :])
-
-
-@triton.jit
 def _attend(
     q,
     keys,
@@ -146,18 +115,11 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     work = tl.load(count) * KV_HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD:  # noqa: SIM102 - the compiler knows this half alone
-            if tl.program_id(0) < work:
-                _keys_into_cache(
-                    keys, values, tables, pieces + tl.program_id(0) // KV_HEADS * FIELDS, tl.program_id(0) % KV_HEADS,
-                    table_stride, token_stride, block_stride, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
-                )  # fmt: skip
         # Who has no work need not wait. But one program must: if all ended before the kernel ahead did, whoever waits
         # for this one would begin too early.
         if tl.program_id(0) < tl.maximum(work, 1):
@@ -209,53 +171,6 @@ def _attend(
             slot = (number * KV_HEADS * GROUP + head).to(tl.int64)
             tl.store(parts + slot[:, None] * HEAD_DIM + place[None, :], result, mask=mine)
             tl.store(sums + slot, best + tl.log2(weight), mask=there)
-
-
-@triton.jit
-def _join(
-    parts,
-    sums,
-    parts_first,
-    counts,
-    out,
-    out_stride,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    row = tl.program_id(0)
-    count = tl.load(counts + row)
-    first = tl.load(parts_first + row)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if count > 0:
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        place = tl.arange(0, BLOCK_D)
-        mine = (head < HEADS)[:, None] & (place < HEAD_DIM)[None, :]
-        best = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
-        weight = tl.zeros((BLOCK_H,), dtype=tl.float32)
-        total = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
-        for start in range(0, count, AT_ONCE):
-            # Some side by side: one latency of the memory for all of them.
-            part = start + tl.arange(0, AT_ONCE)
-            slot = ((first + part)[:, None] * HEADS + head[None, :]).to(tl.int64)
-            known = (part < count)[:, None] & (head < HEADS)[None, :]
-            size = tl.load(sums + slot, mask=known, other=float("-inf"))
-            at = parts + slot[:, :, None] * HEAD_DIM + place[None, None, :]
-            values = tl.load(at, mask=known[:, :, None] & (place < HEAD_DIM)[None, None, :], other=0.0)
-            highest = tl.maximum(best, tl.max(size, axis=0))
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            own, fade = tl.exp2(size - base[None, :]), tl.exp2(best - base)
-            total = total * fade[:, None] + tl.sum(own[:, :, None] * values, axis=0)
-            weight = weight * fade + tl.sum(own, axis=0)
-            best = highest
-        target = out + row.to(tl.int64) * out_stride + head[:, None] * HEAD_DIM + place[None, :]
-        result = total / tl.where(weight > 0, weight, 1.0)[:, None]
-        tl.store(target, result.to(out.dtype.element_ty), mask=mine)
 
 
 def paged_attention_triton(
@@ -318,25 +233,8 @@ def paged_attention_triton(
             BLOCK_N=tile.keys,
             BLOCK_SIZE=block_size,
             PRECISION="ieee" if exact else None,
-            AHEAD=kind == 0 and len(pieces) * kv_heads < programs,
             PDL=pdl,
             **launch_options(tile.warps, tile.stages, pdl),
         )
-    if work.joined:
-        own_heads, own_parts = _JOIN_FEW if work.joined <= _FEW_JOINED else _JOIN_MANY
-        _join[(work.joined, triton.cdiv(heads, own_heads))](
-            scratch.parts,
-            scratch.sums,
-            work.parts_first,
-            work.parts,
-            out,
-            out.stride(0),
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_H=own_heads,
-            AT_ONCE=own_parts,
-            PDL=pdl,
-            **launch_options(1 if own_heads == 1 else 2, 1, pdl),
-        )
+    join_parts(work, scratch, out, pdl=pdl)
     return out

@@ -12,15 +12,20 @@ _HEADS = 8  # a program's heads: enough numbers for its threads, few enough that
 
 
 @triton.jit
-def _normed(first, second, weight, half, inside, eps, HEAD_DIM: tl.constexpr):
+def head_weights(weight, half, inside, HEAD_DIM: tl.constexpr):
+    """Both halves [1, half] of the weights of heads' norm."""
+    low = tl.load(weight + half, mask=inside, other=0.0)
+    return low[None, :], tl.load(weight + HEAD_DIM // 2 + half, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def normed_heads(first, second, low, high, eps, HEAD_DIM: tl.constexpr):
     """Both halves of heads under their norm, rounded as the reference rounds; float32 in and out."""
     squares = tl.sum(first * first + second * second, axis=1)
     rstd = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-    kind = weight.dtype.element_ty
-    low = tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    high = tl.load(weight + HEAD_DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    first = ((first * rstd).to(kind).to(tl.float32) * low).to(kind).to(tl.float32)
-    second = ((second * rstd).to(kind).to(tl.float32) * high).to(kind).to(tl.float32)
+    kind = low.dtype
+    first = ((first * rstd).to(kind).to(tl.float32) * low.to(tl.float32)).to(kind).to(tl.float32)
+    second = ((second * rstd).to(kind).to(tl.float32) * high.to(tl.float32)).to(kind).to(tl.float32)
     return first, second
 
 
@@ -58,8 +63,10 @@ def _rope_kv(
     is_q, is_v = (head < HEADS)[:, None], (head >= HEADS + KV_HEADS)[:, None]
     turned_first, turned_second = first, second
     if NORMED:
-        q_first, q_second = _normed(first, second, q_norm, half, narrow, eps, HEAD_DIM)
-        k_first, k_second = _normed(first, second, k_norm, half, narrow, eps, HEAD_DIM)
+        q_low, q_high = head_weights(q_norm, half, narrow, HEAD_DIM)
+        k_low, k_high = head_weights(k_norm, half, narrow, HEAD_DIM)
+        q_first, q_second = normed_heads(first, second, q_low, q_high, eps, HEAD_DIM)
+        k_first, k_second = normed_heads(first, second, k_low, k_high, eps, HEAD_DIM)
         turned_first, turned_second = tl.where(is_q, q_first, k_first), tl.where(is_q, q_second, k_second)
     cos = tl.load(rotation + token * HEAD_DIM + half, mask=narrow, other=0.0)[None, :]
     sin = tl.load(rotation + token * HEAD_DIM + HEAD_DIM // 2 + half, mask=narrow, other=0.0)[None, :]

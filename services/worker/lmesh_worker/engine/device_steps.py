@@ -134,7 +134,8 @@ class DeviceSteps:
             return None
         mixed = columns.num_decodes < len(columns.slots)
         of = columns.num_tokens, len(columns.sample_slots), pieces, told, adapters, tables
-        return self.graphs.key(*of, mixed=mixed)
+        # A block that this step fills may be another row's prefix already, but only if all its ids were known before.
+        return self.graphs.key(*of, mixed=mixed, alone=bool((columns.token_slots >= 0).all()))
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()
@@ -197,7 +198,7 @@ class DeviceSteps:
 
             return replay
         views = {name: self._arena.put(*filled) for name, filled in sent.items()}
-        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0)
+        kinds = Launches(narrow=True, wide=key.has_wide, joined=key.tokens if key.has_parts else 0, alone=key.alone)
         inputs, layout = self._inputs.of(views, kinds, told, key.adapters), self._arena.lay_out(sent)
         changes = self._changes()
 

@@ -92,7 +92,8 @@ def plan_of(piece: FirstTime, *, tenure: int, spare_block: int, block_size: int,
     rows = []
     for slot, (start, count) in enumerate([(context, 1)] * piece.decodes + [(0, count) for count in piece.prompts]):
         end = start + count
-        sequence = Sequence(Start(-1, "first-time", 0, [0] * end, end, piece.params), b"", 0)
+        known = start or end  # a decode's id is most often still on the device
+        sequence = Sequence(Start(-1, "first-time", 0, [0] * known, known, piece.params), b"", 0)
         sequence.blocks = [spare_block] * -(-end // block_size)
         if start >= block_size:  # decodes that begin with one block would share its reading
             sequence.blocks[0] = slot % max(1, spare_block)

@@ -29,10 +29,13 @@ from lmesh_worker.engine.step_sizes import MIXED_SAMPLES, StepSizes
 _ROWS = (*range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 80, 8), *range(80, 160, 16), 160, 192, 224)
 _MIXED = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256))
 _MOST_GRAPHS = 256
-# Of a row; a list of more has room for the most there can be. Attention launches a program for each that may come, and
-# those that find none cost time. With that, keys asked for ahead and no waiting without work a llama-1b step of one row
-# takes 823 us instead of 841, of four 968 instead of 1,002 (H200; not measured apart).
-_FEW_PIECES = 16
+# Up to so many decodes alone take one launch from qkv to attention (8 rows of llama-1b: 954 us a step instead of 1,018,
+# 64 rows 1,467 instead of 1,413; H200).
+_MOST_ALONE = 8
+# Room for pieces of a row in such a graph: a program a head and piece is launched, whether there is work for it or not
+# (one row of qwen3-0.6b, 512 keys, a step: room for 16 pieces 698 us, for 64 738; 3,000 keys, 64 pieces: 838 us, and
+# 1,009 where qkv, cache and attention are launches of their own).
+_ALONE_PIECES = (16, 64)
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class GraphKey:
     has_wide: bool
     has_parts: bool
     mode: Mode
+    alone: bool = False  # `AttentionWork.alone`
     adapters: AdapterRoom | None = None
     tables: TableKinds | None = None  # of penalties and biases, where some row has them
 
@@ -120,8 +124,12 @@ class StepGraphs:
         tables: TableKinds | None = None,
         *,
         mixed: bool = False,
+        alone: bool = False,
     ) -> GraphKey | None:
-        """The graph for such a step; None where none is kept of its size. `mixed`: with prompts."""
+        """The graph for such a step; None where none is kept of its size.
+
+        `mixed`: with prompts; `alone`: no row reads what another one writes.
+        """
         decodes, with_prompts = self.sizes
         size = size_above(tokens, with_prompts if mixed else decodes)
         rows = size_above(max(1, samples), self._mixed_samples if mixed else decodes)
@@ -132,17 +140,19 @@ class StepGraphs:
         room = size + spare + 1
         if len(pieces.narrow) > room or len(pieces.wide) > room:
             return None
-        few = _FEW_PIECES * size
-        narrow = few if not mixed and len(pieces.narrow) <= few < room else room
+        alone_room: int | None = None
+        if alone and size <= _MOST_ALONE and not mixed and not len(pieces.wide):
+            alone_room = size_above(len(pieces.narrow), [n * size for n in _ALONE_PIECES])
         return GraphKey(
             tokens=size,
             samples=rows,
-            narrow=narrow,
+            narrow=alone_room or room,
             wide=room,
             has_wide=mixed or bool(len(pieces.wide)),
             # A join that finds nothing costs less than a graph of its own.
             has_parts=mixed or size < spare or pieces.joined > 0,
             mode=mode_of(hints),
+            alone=alone_room is not None,
             adapters=None if adapters is None else adapters.of_size(size) if mixed else adapters,
             tables=tables,
         )

@@ -30,6 +30,7 @@ class Launches:
     narrow: bool
     wide: bool
     joined: int  # rows, as `AttentionWork.joined`
+    alone: bool = False  # as `AttentionWork.alone`
 
 
 class ViewedInputs:
@@ -90,4 +91,5 @@ def _work(views: dict[str, Tensor], launches: Launches, prompts: tuple[Prompt, .
         has_wide=launches.wide,
         joined=launches.joined,
         prompts=prompts,
+        alone=launches.alone,
     )
