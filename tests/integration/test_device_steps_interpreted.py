@@ -127,9 +127,9 @@ def replaying(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceSt
     return steps, followed
 
 
-@pytest.mark.parametrize("most_alone", [0, 4])
-def test_replayed_steps_give_the_same_ids(tiny: Path, most_alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_MOST_ALONE", most_alone)
+@pytest.mark.parametrize("few_rows", [0, 4])
+def test_replayed_steps_give_the_same_ids(tiny: Path, few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_FEW_ROWS", few_rows)
     alone = starts(more=12)[1:4]  # nobody shares, nobody has penalties
     expected = engine_of(tiny).generate(alone)
     engine = engine_of(tiny)
@@ -137,7 +137,7 @@ def test_replayed_steps_give_the_same_ids(tiny: Path, most_alone: int, monkeypat
     assert engine.generate(alone) == expected
     assert steps.graphs is not None
     assert steps.graphs.captures > 1 and len(followed) > 8, "nothing was replayed, or no step followed another"
-    assert any(key.alone for key in steps.graphs._captured) == bool(most_alone)
+    assert any(key.alone for key in steps.graphs._captured) == bool(few_rows)
     assert engine.load().kv_blocks_used == 0
 
 

@@ -10,7 +10,7 @@ from lmesh_kernels.ops.gated_linear import (
     norm_gated_linear,
     norm_gated_linear_reference,
 )
-from lmesh_kernels.ops.linear_tiles import NormTile, ProductTile
+from lmesh_kernels.ops.linear_tiles import DeviceFacts, NormTile, ProductTile, norm_tile
 
 from tests.kernels.product_bounds import Bounded, draw, exactly, gated, norm, poison, product
 
@@ -46,11 +46,25 @@ def test_kernels_interpreted(shape: tuple[int, int], biased: bool) -> None:
             assert wanted.admits(out)
     x, residual = (draw(1, inputs, dtype=torch.float32, device="cpu", seed=i) for i in (3, 4))
     scale = draw(inputs, dtype=torch.float32, device="cpu", seed=5)
-    for norm_tile in (NormTile(1, 4, 2, 20, 2), NormTile(1, 4, 3, 40, 1), NormTile(4, 4, 1000, 1, 1)):
+    for waves in (NormTile(1, 2, 20, 2), NormTile(1, 3, 40, 1), NormTile(4, 1000, 1, 1)):
         out, total = poison(1, outputs, like=x), poison(1, inputs, like=x)
-        normed_row_product(x, residual, scale, EPS, weight, bias, out, total, norm_tile, gated=True, pdl=False)
+        normed_row_product(x, residual, scale, EPS, weight, bias, out, total, waves, gated=True, pdl=False)
         assert torch.equal(total, x + residual)
         assert bounded(norm(total, scale, EPS), weight, bias, stored=False).admits(out)
+
+
+@pytest.mark.parametrize("outputs", [8, 140, 300])  # one wave, an uneven end after it, most of it in the first
+def test_tiles_for_the_norm_interpreted(outputs: int) -> None:
+    from lmesh_kernels.ops.linear_row_kernels import normed_row_product
+
+    tile = norm_tile(2 * outputs, 200, DeviceFacts(1, 1 << 16, False), gated=True)
+    assert (tile.steps, tile.later) == {8: (1, 1), 140: (4, 1), 300: (6, 2)}[outputs]
+    x, residual = (draw(1, 200, dtype=torch.float32, device="cpu", seed=i) for i in (3, 4))
+    scale = draw(200, dtype=torch.float32, device="cpu", seed=5)
+    weight = draw(2 * outputs, 200, dtype=torch.float32, device="cpu", seed=1)
+    out, total = poison(1, outputs, like=x), poison(1, 200, like=x)
+    normed_row_product(x, residual, scale, EPS, weight, None, out, total, tile, gated=True, pdl=False)
+    assert bounded(norm(total, scale, EPS), weight, None, stored=False).admits(out)
 
 
 def test_on_a_cpu_is_the_reference() -> None:

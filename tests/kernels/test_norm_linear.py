@@ -10,6 +10,8 @@ from lmesh_kernels.ops.norm_linear import fused, norm_linear, norm_linear_refere
 from tests.kernels.product_bounds import draw, norm, poison, product
 
 EPS = 1e-5
+# All in one wave, an even and an odd rest after it (of 70 rows), and more programs than rows.
+TILES = [NormTile(1, 2, 35, 1), NormTile(4, 3, 2, 2), NormTile(2, 5, 2, 2), NormTile(2, 1000, 1, 1)]
 SMALL = [(1, 4), (5, 7), (70, 200)]
 LARGE = [(1, 8), (1003, 520), (3072, 2048), (6144, 4096), (4096, 1024), (1000, 8192), (152, 5120)]
 
@@ -27,9 +29,7 @@ def operands(
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize(
-    "tile", [NormTile(1, 4, 2, 35, 1), NormTile(4, 4, 3, 2, 2), NormTile(2, 4, 1000, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernel_interpreted(shape: tuple[int, int], tile: NormTile, residual: bool) -> None:
     from lmesh_kernels.ops.linear_row_kernels import normed_row_product

@@ -57,6 +57,21 @@ def test_columns_say_what_the_plan_says() -> None:
     assert columns.num_decodes == 1
 
 
+def test_rows_that_know_their_ids_may_read_each_other() -> None:
+    decodes = [sequence(1, 9, 3, [7, 8, 9]), sequence(2, 5, 0, [4, 5])]
+    for decode in decodes:
+        decode.pending = 1
+    # The last token of a prompt, which fills a block: the other one's prompt goes on from there, in the same step.
+    filling, after = sequence(3, 8, 5, [1, 2]), sequence(4, 9, 1, [1, 2, 3])
+    table = slots()
+    table.take_in([*decodes, filling, after])
+    steps = [Row(decodes[0], 9, 1, True, 0), Row(decodes[1], 5, 1, True, 0)]
+    known = [Row(filling, 7, 1, True, 0), Row(after, 8, 1, True, 0)]
+    chunk = [Row(after, 4, 5, True, 0)]
+    for rows, alone in ((steps, True), (known, False), ([steps[0], known[0]], False), ([*steps, *chunk], False)):
+        assert gather(StepPlan(rows), table, BLOCK).alone == alone
+
+
 def test_a_slot_follows_its_owner_and_only_changes_are_sent() -> None:
     table = slots()
     table.device_tables = torch.zeros(7, 16, dtype=torch.int32)
@@ -157,8 +172,9 @@ def test_decodes_alone_have_graphs_of_their_own() -> None:
     few, more = key(1, 700, alone=True), key(1, 2049, alone=True)
     assert few.alone and few == key(1, 2048, alone=True) and key(2, 700, alone=True).narrow == 2 * few.narrow
     assert more.alone and more == key(1, 100_000, alone=True) and more.narrow > few.narrow
+    assert key(8, 100_000, alone=True).alone and key(8, 100_000, alone=True).narrow == key(8, 100_000).wide
     for other in (key(1, 700), key(1, 700, alone=True, mixed=True), key(9, 700, alone=True)):
-        assert not other.alone and other.narrow > more.narrow
+        assert not other.alone and other.narrow >= few.narrow
     pieces = plan_pieces(np.ones(2, np.int32), np.full(2, 512, np.int32), shape, groups=((0, 2, 256),))
     shared = graphs.key(2, 2, pieces, GREEDY, alone=True)
     assert shared is not None and not shared.alone

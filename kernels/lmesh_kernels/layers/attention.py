@@ -59,6 +59,7 @@ class PagedAttention:
     ) -> Tensor:
         """Write all of the step's K and V of this layer, then attend: sequences may read each other's new blocks.
 
+        Only work that is `alone`, in which none does so, is written and attended to in one.
         qkv [T, (heads + 2 * kv_heads) * head_dim], rotation [T, head_dim]; returns [T, heads * head_dim].
         """
         keys, values = self.kv.layer(layer)

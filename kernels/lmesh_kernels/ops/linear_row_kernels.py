@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmesh_kernels.ops.linear_tiles import NormTile, RowTile, launch_options
+from lmesh_kernels.ops.linear_tiles import NORM_WARPS, NormTile, RowTile, launch_options
 
 
 @triton.jit(do_not_specialize=["outputs", "has_bias"])
@@ -177,5 +177,5 @@ def normed_row_product(
         ROWS=tile.rows,
         WIDTH=triton.next_power_of_2(inputs),
         PDL=pdl,
-        **launch_options(tile.warps, 1, pdl),
+        **launch_options(NORM_WARPS, 1, pdl),
     )

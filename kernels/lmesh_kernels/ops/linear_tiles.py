@@ -19,6 +19,7 @@ _MOST_GATED_ROWS = 256
 # Wider rows have their norm in a launch of its own: a program holds a row and its weights in registers, and from here
 # on too few programs find room (products of a layer of Qwen3-14B, hidden size 5,120: 237 us with it, 161 without).
 MOST_NORMED = 4096
+NORM_WARPS = 4  # of a program that makes it
 _FIRST_WAVE = 0.7  # of a gated product's steps
 
 
@@ -45,7 +46,6 @@ class NormTile(NamedTuple):
     """
 
     rows: int
-    warps: int
     wave: int
     steps: int
     later: int
@@ -132,19 +132,20 @@ def norm_tile(outputs: int, inputs: int, device: DeviceFacts, *, gated: bool) ->
     (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
     Processors do not get on alike: in llama-8b's steps one wave of programs over gated 28672 x 4096 left half of them
     without work for 19 us. So the first wave takes most of a gated product, and programs of two steps the rest, each
-    where there is room: a step of the model takes 3,955 us, with one wave 4,277, with four alike 4,097 (20 of 27 steps
-    in the first wave; 16: 3,984, 22: 4,033). Programs of one step make the norm too often (4,062). Other products, of
-    3 to 6 steps a program, gain nothing by it.
+    where there is room: a step of the model takes 3,952 us, with one wave 4,277, with four alike 4,097 (19 of 27 steps
+    in the first wave; 16: 3,984, 22: 4,033). Programs of one step make the norm too often (4,062), but where there are
+    less than 8 steps only those of an uneven end run after the first wave (qwen3-0.6b 709, one wave 716). Products that
+    are not gated, of 2 to 6 steps a program, gain nothing by it.
     """
     width = 1 << (inputs - 1).bit_length()
     rows = max(1, 2048 // width) if gated else max(2, 4096 // width)
     wave = 4 * device.processors
     share = (outputs // 2 if gated else outputs) / (rows * wave)
     if not gated or share < 2:
-        return NormTile(rows, 4, wave, max(1, math.ceil(share)), 1)
+        return NormTile(rows, wave, max(1, math.ceil(share)), 1)
     if share < 8:
-        return NormTile(rows, 4, wave, int(share), 1)
-    return NormTile(rows, 4, wave, int(_FIRST_WAVE * share), 2)
+        return NormTile(rows, wave, int(share), 1)
+    return NormTile(rows, wave, int(_FIRST_WAVE * share), 2)
 
 
 def product_tile(rows: int, outputs: int, device: DeviceFacts, *, always: bool = False) -> ProductTile | None:

@@ -26,8 +26,8 @@ def norm_linear(
 
     x, residual [T, inputs]; norm_weight [inputs]. Returns (y [T, outputs], x + residual [T, inputs], or x itself
     without a residual). `out` and `total`, where given, are what they are written to; `total` must be neither x nor
-    the residual. One row on a CUDA device is one launch: every program makes the norm anew, under the time its weights
-    take to come. `packed` and `batch_invariant` are as in `linear`.
+    the residual. One row of at most `MOST_NORMED` inputs on a CUDA device is one launch: every program makes the norm
+    anew, under the time its weights take to come. `packed` and `batch_invariant` are as in `linear`.
     """
     if not fused(x, residual, weight, out, total) or batch_invariant:
         normed, stream = rms_norm(x, norm_weight, eps, residual)

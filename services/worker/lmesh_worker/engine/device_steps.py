@@ -134,8 +134,7 @@ class DeviceSteps:
             return None
         mixed = columns.num_decodes < len(columns.slots)
         of = columns.num_tokens, len(columns.sample_slots), pieces, told, adapters, tables
-        # A block that this step fills may be another row's prefix already, but only if all its ids were known before.
-        return self.graphs.key(*of, mixed=mixed, alone=bool((columns.token_slots >= 0).all()))
+        return self.graphs.key(*of, mixed=mixed, alone=columns.alone)
 
     def _pieces(self, columns: StepColumns, apart: NDArray[np.bool_] | None, *, shares: bool) -> Pieces:
         groups: tuple[tuple[int, int, int], ...] = ()

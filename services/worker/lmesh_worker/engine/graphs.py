@@ -29,13 +29,12 @@ from lmesh_worker.engine.step_sizes import MIXED_SAMPLES, StepSizes
 _ROWS = (*range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 80, 8), *range(80, 160, 16), 160, 192, 224)
 _MIXED = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256))
 _MOST_GRAPHS = 256
-# Up to so many decodes alone take one launch from qkv to attention (8 rows of llama-1b: 954 us a step instead of 1,018,
-# 64 rows 1,467 instead of 1,413; H200).
-_MOST_ALONE = 8
-# Room for pieces of a row in such a graph: a program a head and piece is launched, whether there is work for it or not
-# (one row of qwen3-0.6b, 512 keys, a step: room for 16 pieces 698 us, for 64 738; 3,000 keys, 64 pieces: 838 us, and
-# 1,009 where qkv, cache and attention are launches of their own).
-_ALONE_PIECES = (16, 64)
+# Decodes alone take one launch from qkv to attention up to so many rows (8 rows of llama-1b: 954 us a step instead of
+# 1,018, 64 rows 1,467 instead of 1,413; H200).
+_FEW_ROWS = 8
+# Room for pieces of each of few rows: a program a head and piece is launched, whether there is work for it or not (one
+# row of qwen3-0.6b alone, 512 keys: room for 16 pieces 698 us a step, for 64 738; 3,000 keys, 64 pieces: 838).
+_FEW_PIECES = (16, 64)
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +139,18 @@ class StepGraphs:
         room = size + spare + 1
         if len(pieces.narrow) > room or len(pieces.wide) > room:
             return None
-        alone_room: int | None = None
-        if alone and size <= _MOST_ALONE and not mixed and not len(pieces.wide):
-            alone_room = size_above(len(pieces.narrow), [n * size for n in _ALONE_PIECES])
+        few = not mixed and size <= _FEW_ROWS
+        narrow = size_above(len(pieces.narrow), [n * size for n in _FEW_PIECES]) if few else None
         return GraphKey(
             tokens=size,
             samples=rows,
-            narrow=alone_room or room,
+            narrow=min(narrow or room, room),
             wide=room,
             has_wide=mixed or bool(len(pieces.wide)),
             # A join that finds nothing costs less than a graph of its own.
             has_parts=mixed or size < spare or pieces.joined > 0,
             mode=mode_of(hints),
-            alone=alone_room is not None,
+            alone=alone and few and not len(pieces.wide),
             adapters=None if adapters is None else adapters.of_size(size) if mixed else adapters,
             tables=tables,
         )

@@ -46,6 +46,14 @@ class StepColumns:
         """T."""
         return len(self.ids)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no row reads a key that another one writes in this step: decodes, none of whose ids is known yet.
+
+        A block that a step fills is another row's prefix already where its ids were known when that row came.
+        """
+        return self.num_decodes == len(self.slots) and bool((self.token_slots >= 0).all())
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
