@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch.distributed as dist
 from lmesh_trainer.messages import Wish
+from lmesh_trainer.process import leave_ranks
 from lmesh_trainer.spec import JobSpec, read_spec
 
 from tests.training_jobs import After, Heard, run
@@ -74,6 +75,7 @@ def main(folder: Path) -> None:
     (folder / f"heard.{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()  # a rank that left while another was still talking to it aborted once, in gloo's own threads
     dist.destroy_process_group()
+    leave_ranks(0)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lmesh_trainer.base import load_base
 from lmesh_trainer.data.dataset import load_dataset, microbatches
 from lmesh_trainer.learner import Learner
 from lmesh_trainer.optimiser import AdamW, Optimiser
+from lmesh_trainer.process import leave_ranks
 from lmesh_trainer.spec import JobSpec, make_spec
 from lmesh_trainer.subject import make_subject
 from torch import Tensor
@@ -118,3 +119,4 @@ if __name__ == "__main__":
     torch.save(found, folder / f"measured.{dist.get_rank()}")
     dist.barrier()  # a rank that left while another was still talking to it aborted once, in gloo's own threads
     dist.destroy_process_group()
+    leave_ranks(0)

@@ -36,11 +36,14 @@ def channel(address: str) -> grpc.Channel:
 
 
 def aio_channel(address: str) -> grpc.aio.Channel:
-    """The same for asyncio."""
-    credentials = _credentials()
+    """The same for asyncio, with a connection of its own.
+
+    Channels to one address share one else, and of several processes on a port all of them would ask the same.
+    """
+    credentials, options = _credentials(), [*_options(), ("grpc.use_local_subchannel_pool", 1)]
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=_options())
-    return grpc.aio.secure_channel(address, credentials, options=_options())
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def http_context() -> ssl.SSLContext | None:

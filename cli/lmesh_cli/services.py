@@ -165,8 +165,9 @@ def _gateway(plan: MeshPlan, ledger: str, folder: Mapping[str, str]) -> ServiceS
         env=_common(env),
         probe=probes.all_of(
             probes.everywhere(probes.grpc_health(plan.grpc_address), plan.gateways),
-            probes.http_health(plan.http_address),
-            probes.models(plan.grpc_address, plan.model_ids),
+            probes.everywhere(probes.http_health(plan.http_address), plan.gateways),
+            # Each loads a model's tokenizer by itself.
+            probes.everywhere(probes.models(plan.grpc_address, plan.model_ids), plan.gateways),
         ),
         start_stage=1,
         stop_stage=0,

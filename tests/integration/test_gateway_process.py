@@ -17,8 +17,11 @@ import pytest
 from lmesh.inference.v1 import inference_pb2_grpc
 from lmesh.scheduler.v1 import dispatch_pb2 as dp
 from lmesh.worker.v1 import run_pb2 as rp
+from lmesh_chassis.lifecycle import Shutdown
+from lmesh_gateway.config import GatewaySettings
+from lmesh_gateway.gateway import Gateway
 
-from tests.gateway_scene import collect, failure, request, served_text
+from tests.gateway_scene import app, collect, failure, opened, request, served_text
 from tests.mesh import free_ports
 from tests.scripted_peers import ScriptedScheduler, ScriptedWorker
 
@@ -152,3 +155,38 @@ async def test_drain_timeout_cancels_what_is_left(peers: tuple[ScriptedScheduler
         assert await gateway.process.wait() == 0
         assert (await scheduler.ended()).outcome == dp.OUTCOME_CANCELLED
         await worker.changes.until(lambda: worker.aborts)
+
+
+async def test_one_of_several_listens_once_it_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that the kernel gives to a new process is no client's bad luck."""
+    listening: list[bool] = []
+    start = Gateway.start
+
+    async def noted(gateway: Gateway) -> None:
+        await start(gateway)
+        listening.append(gateway.ready)
+
+    monkeypatch.setattr(Gateway, "start", noted)
+    for shared in (False, True):
+        async with opened(served_text(), reuse_port=shared):
+            pass
+    assert listening == [False, True]
+
+
+async def test_one_of_several_that_cannot_serve_leaves_when_asked() -> None:
+    (nobody,) = free_ports(1)
+    settings = GatewaySettings(
+        grpc_address="127.0.0.1:0",
+        http_address="127.0.0.1:0",
+        scheduler=f"127.0.0.1:{nobody}",
+        reuse_port=True,
+        drain_linger_s=0.0,
+        drain_timeout_s=1.0,
+    )
+    shutdown = Shutdown()
+    serving = asyncio.create_task(Gateway(settings, app(settings)).run(shutdown))
+    await asyncio.sleep(0)
+    assert not serving.done()
+    shutdown.request()
+    async with asyncio.timeout(30):
+        assert await serving == 0

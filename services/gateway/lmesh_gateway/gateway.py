@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 _CUT_S = 0.5  # between the last word to a client and the end of its connection
 _READY_POLL_S = 0.05
+_JOIN_S = 5.0  # within which a process that shares its ports listens even if it cannot serve
 # Builds the HTTP face over the core; `ready()` says whether the gateway can serve.
 AppBuilder = Callable[[Generator, ModelDirectory, Callable[[], bool]], Asgi]
 
@@ -119,7 +121,7 @@ class Gateway:
 
     async def run(self, shutdown: Shutdown) -> int:
         """Serves until `shutdown`, then drains; the exit status."""
-        await self.start()
+        await self.start(shutdown)
         watch = asyncio.create_task(self._watch())
         try:
             await shutdown.wait()
@@ -128,8 +130,12 @@ class Gateway:
             await self.drain()
         return 0
 
-    async def start(self) -> None:
-        """Listens on both addresses and links to the scheduler; OSError when an address is taken."""
+    async def start(self, shutdown: Shutdown | None = None) -> None:
+        """Links to the scheduler and listens on both addresses; OSError when an address is taken.
+
+        One of several processes on the same ports listens once it can serve: until then the others answer, and a client
+        whose connection it took would be told to try again.
+        """
         settings = self._settings
         sock = bind(settings.http_address, reuse_port=settings.reuse_port)
         app = self._build_app(self.generator, self.directory, lambda: self.ready)
@@ -145,14 +151,23 @@ class Gateway:
         self._grpc.add(
             training_pb2_grpc.add_TrainingServiceServicer_to_server, self._training, training_servicer.SERVICE_NAME
         )
+        self._ledger.start()
+        self._dispatch.open()
+        if settings.reuse_port:
+            await self._can_serve(shutdown)
         await self._grpc.start()
         await self._http.start()
         if settings.metrics_port:
             self._page = await metrics.serve(
                 settings.metrics_port, host=settings.metrics_host, healthy=lambda: self.ready
             )
-        self._ledger.start()
-        self._dispatch.open()
+
+    async def _can_serve(self, shutdown: Shutdown | None) -> None:
+        """Waits until the gateway is ready, but not for ever: without a scheduler clients should be told of it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_JOIN_S):
+                while not self.ready and (shutdown is None or not shutdown.requested):  # noqa: ASYNC110 - a property
+                    await asyncio.sleep(_READY_POLL_S)
 
     @property
     def ports(self) -> tuple[int, int]:
