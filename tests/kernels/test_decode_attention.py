@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from lmesh_kernels.ops import attention_work
-from lmesh_kernels.ops.attention_work import on_device, plan_pieces
 from lmesh_kernels.ops.decode_attention_kernels import decode_attention_triton
-from lmesh_kernels.ops.device_attention import DeviceAttention
 from lmesh_kernels.ops.linear_tiles import takes_pdl
 from lmesh_kernels.ops.rope_kv import rope_kv_reference
 from torch import Tensor
@@ -49,20 +44,10 @@ class Decodes(Case):
         return self.expected(self.q.shape[-1] ** -0.5), exact
 
     def outcome(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-        """(attention, cache afterwards) through the kernels, over rooms for parts full of NaN."""
+        """(attention, cache afterwards) through the kernels."""
         place = torch.device(device)
-        kv_heads, head_dim = self.cache.shape[3:]
-        group = self.q.shape[1] // kv_heads
-        attention = DeviceAttention(place, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype)
-        for room in (attention.scratch.parts, attention.scratch.sums):
-            room.fill_(torch.nan)
-        shape = replace(attention.shape, programs=max(64, attention.shape.programs))
-        pieces = plan_pieces(self.q_lens, self.kv_lens, shape)
-        assert len(pieces.narrow) and not len(pieces.wide)
-        work = on_device(pieces, lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(place))
-        # A graph's list has room for more than there is, and what it holds past that is of an earlier step.
-        stale = torch.full((3, work.narrow.shape[1]), 1 << 20, dtype=torch.int32, device=place)
-        work = replace(work, narrow=torch.cat([work.narrow, stale]))
+        attention, work = self.prepared(dtype, place)
+        assert work.has_narrow and not work.has_wide
         cache = self.cache.to(place, dtype, copy=True)
         found = decode_attention_triton(
             self.qkv.to(place, dtype),
@@ -76,7 +61,7 @@ class Decodes(Case):
             q_norm=None if self.norms[0] is None else self.norms[0].to(place, dtype),
             k_norm=None if self.norms[1] is None else self.norms[1].to(place, dtype),
             eps=EPS,
-            scale=head_dim**-0.5,
+            scale=self.q.shape[-1] ** -0.5,
             tile=attention.narrow,
             pdl=takes_pdl(place),
         )

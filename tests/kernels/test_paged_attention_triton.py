@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lmesh_kernels.ops import attention_work
-from lmesh_kernels.ops.attention_work import FIELDS, on_device, plan_pieces
+from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork, on_device, plan_pieces
 from lmesh_kernels.ops.device_attention import DeviceAttention
 from lmesh_kernels.ops.linear_tiles import takes_pdl
 from lmesh_kernels.ops.paged_attention_kernels import paged_attention_triton
@@ -80,9 +80,8 @@ class Case:
                 row += 1
         return torch.stack(out)
 
-    def found(self, scale: float, dtype: torch.dtype, device: str, **told: float) -> Tensor:
-        """Through the kernels, over rooms for parts full of NaN."""
-        place = torch.device(device)
+    def prepared(self, dtype: torch.dtype, place: torch.device) -> tuple[DeviceAttention, AttentionWork]:
+        """The kernels' tiles with rooms for parts full of NaN, and the work."""
         kv_heads, head_dim = self.cache.shape[3:]
         group = self.q.shape[1] // kv_heads
         attention = DeviceAttention(place, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype)
@@ -93,7 +92,12 @@ class Case:
         work = on_device(pieces, lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(place))
         # As a graph's lists they have room for more; what stands there is of an earlier step, and must not be read.
         stale = torch.full((5, FIELDS), 1 << 20, dtype=torch.int32, device=place)
-        work = replace(work, narrow=torch.cat([work.narrow, stale]), wide=torch.cat([work.wide, stale]))
+        return attention, replace(work, narrow=torch.cat([work.narrow, stale]), wide=torch.cat([work.wide, stale]))
+
+    def found(self, scale: float, dtype: torch.dtype, device: str, **told: float) -> Tensor:
+        """Through the kernels."""
+        place = torch.device(device)
+        attention, work = self.prepared(dtype, place)
         return paged_attention_triton(
             self.q.to(place, dtype),
             *self.cache.to(place, dtype),

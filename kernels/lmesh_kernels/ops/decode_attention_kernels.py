@@ -16,7 +16,7 @@ from lmesh_kernels.ops.attention_work import FIELDS, AttentionWork
 from lmesh_kernels.ops.device_attention import Scratch, Tile
 from lmesh_kernels.ops.join_parts_kernels import join_parts
 from lmesh_kernels.ops.linear_tiles import launch_options
-from lmesh_kernels.ops.rope_kv_kernels import head_weights, normed_heads
+from lmesh_kernels.ops.rope_kv_kernels import check_norms, head_weights, normed_heads
 
 _LOG2_E = 1.4426950408889634
 
@@ -230,8 +230,7 @@ def decode_attention_triton(
     """
     kv_heads, head_dim = keys.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q and k heads are normed both or not at all")
+    check_norms(q_norm, k_norm)
     out = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     _decode[(len(work.narrow) * kv_heads,)](
         qkv,

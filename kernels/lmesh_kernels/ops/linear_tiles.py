@@ -130,12 +130,12 @@ def norm_tile(outputs: int, inputs: int, device: DeviceFacts, *, gated: bool) ->
 
     The norm costs nothing beside the weights: 6144 x 4096 13.8 (17.7), 3072 x 2048 4.2 (6.1), gated 28672 x 4096 54.5
     (56.6), gated 16384 x 2048 17.0 (18.1), without a launch for the norm or for silu * mul.
-    Processors do not get on alike: in llama-8b's steps one wave of programs over gated 28672 x 4096 left half of them
-    without work for 19 us. So the first wave takes most of a gated product, and programs of two steps the rest, each
-    where there is room: a step of the model takes 3,952 us, with one wave 4,277, with four alike 4,097 (19 of 27 steps
-    in the first wave; 16: 3,984, 22: 4,033). Programs of one step make the norm too often (4,062), but where there are
-    less than 8 steps only those of an uneven end run after the first wave (qwen3-0.6b 709, one wave 716). Products that
-    are not gated, of 2 to 6 steps a program, gain nothing by it.
+    Processors do not get on alike: in llama-8b's steps the kernel behind one wave of programs over gated 28672 x 4096
+    found room 19 us before the last of them was done. So the first wave takes most of a gated product, and programs of
+    two steps the rest, each where there is room: a step of the model takes 3,955 us with 20 of 27 steps in the first
+    wave, 3,963 with 18, 4,033 with 22, 4,277 with all; in another run 3,989, with four waves alike 4,092, and 4,062
+    where programs of one step follow, for they make the norm too often. Of less than 8 steps only an uneven end is left
+    to those (llama-1b by two rows a step, 7.75 steps: 787, one wave 795). Products that are not gated gain nothing.
     """
     width = 1 << (inputs - 1).bit_length()
     rows = max(1, 2048 // width) if gated else max(2, 4096 // width)

@@ -84,6 +84,12 @@ def _rope_kv(
     tl.store(value + HEAD_DIM // 2, second.to(values.dtype.element_ty), mask=mine & is_v)
 
 
+def check_norms(q_norm: Tensor | None, k_norm: Tensor | None) -> None:
+    """ValueError unless heads of q and k have a norm both or neither: a kernel is compiled for one of the two."""
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q and k heads are normed both or not at all")
+
+
 def rope_kv_triton(
     qkv: Tensor,
     rotation: Tensor,
@@ -97,8 +103,7 @@ def rope_kv_triton(
     """As `rope_kv.rope_kv`; q and k are rotated in place of qkv's own, whose rows have elements of stride 1."""
     kv_heads, head_dim = keys.shape[-2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q and k heads are normed both or not at all")
+    check_norms(q_norm, k_norm)
     pdl = takes_pdl(qkv.device)
     if qkv.shape[0]:
         _rope_kv[(qkv.shape[0], triton.cdiv(heads + 2 * kv_heads, _HEADS))](
